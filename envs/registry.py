@@ -1,0 +1,15 @@
+"""All envs by name: a literal dict `name -> (config dataclass, env class)`.
+
+An env is built as `env_class(config)`; files are read then, not at import.
+"""
+
+from __future__ import annotations
+
+from envs.base import Env
+from envs.paired import PairedConfig, PairedEnv
+from envs.photos import PhotosConfig, PhotosEnv
+
+ENVS: dict[str, tuple[type, type[Env]]] = {
+    "paired": (PairedConfig, PairedEnv),
+    "photos": (PhotosConfig, PhotosEnv),
+}

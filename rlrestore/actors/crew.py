@@ -1,0 +1,192 @@
+"""The crew on Ray, `colocated` and `separate`.
+
+colocated: each trainer rank samples its share of the chunks and keeps their latents. separate: rollout actors sample from
+published weights, and latents travel to the ranks through the object store. Rewards have workers of their own in both; a
+chunk is sent to them when it is submitted for sampling, so that it is scored as soon as it exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from rewards.rubric import TermConfig
+from rlrestore.actors.cluster import fetch, node_order, remove_placement_group, reserve, spawn, start_ray, bundle_list
+from rlrestore.actors.rewards import RewardPool
+from rlrestore.actors.workers import RewardWorker, RolloutWorker, TrainerWorker
+from rlrestore.config import PlacementConfig, RayConfig
+from rlrestore.crew import Crew, Scored, StageTimes, deal
+from rlrestore.diffusion.sampling import Chain
+from rlrestore.types import Chunk, ProbeReport, UpdateReport, UpdateRequest
+from rlrestore.weights import SyncError
+
+if TYPE_CHECKING:
+    from rlrestore.build import LearnerRecipe
+
+
+class RayCrew(Crew):
+    def __init__(
+        self,
+        recipe: LearnerRecipe,
+        terms: Mapping[str, TermConfig],
+        reward_names: Sequence[str],
+        placement: PlacementConfig,
+        ray_config: RayConfig,
+        times: StageTimes,
+    ):
+        self.placement, self.times = placement, times
+        self.reward_names, self.all_names = tuple(reward_names), tuple(terms)
+        self.ranks = placement.ranks
+        self.separate = placement.kind == "separate"
+        self.samplers = placement.rollout_actors if self.separate else placement.ranks
+        self.limit_s = placement.stage_timeout_s
+        self.version = 0
+        self.latents: dict[int, Any] = {}  # chunk -> ref, of `separate`
+        start_ray(ray_config, sum(bundle["CPU"] for bundle in bundle_list(placement)))
+        self.group = reserve(placement)
+        try:
+            self._start(recipe, terms)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, recipe: LearnerRecipe, terms: Mapping[str, TermConfig]) -> None:
+        placement, start_s = self.placement, self.placement.start_timeout_s
+        gpus, world = float(placement.gpus), placement.ranks
+        threads = placement.threads or max(1, (os.cpu_count() or 1) // max(world, self.samplers))
+        order = node_order(self.group, range(world))
+        self.trainers = [spawn(TrainerWorker, self.group, bundle, placement.rank_cpus, gpus) for bundle in order]
+        self.rollouts = [
+            spawn(RolloutWorker, self.group, world + index, placement.rollout_cpus, gpus)
+            for index in range(self.samplers if self.separate else 0)
+        ]
+        first_reward = world + len(self.rollouts)
+        self.rewards = RewardPool(
+            lambda index: spawn(RewardWorker, self.group, first_reward + index, placement.reward_cpus, 0.0),
+            placement.reward_workers, terms, threads=1,
+        )  # fmt: skip
+        address, port = fetch(self.trainers[0].address.remote(), start_s, "the start of trainer rank 0")
+        starting = [
+            trainer.setup.remote(recipe, rank, world, address, port, threads, self.limit_s)
+            for rank, trainer in enumerate(self.trainers)
+        ] + [rollout.setup.remote(recipe.restorer, threads) for rollout in self.rollouts]
+        fetch(starting, start_s, "the start of trainers and rollout workers (placement.start_timeout_s)")
+        fetch(self.rewards.ready, start_s, "the start of reward workers (placement.start_timeout_s)")
+        self.publish()
+
+    # -- sampling and scoring --------------------------------------------------------------------------------------
+
+    def roll_out(self, chunks: Sequence[Chunk], chain: Chain) -> Iterator[Scored]:
+        self.latents.clear()
+        chain_ref = ray.put(chain)
+        submitted = []
+        for worker, share in enumerate(deal(len(chunks), self.samplers)):
+            for index in share:
+                chunk_ref = ray.put(chunks[index])
+                if self.separate:
+                    images_ref, self.latents[chunks[index].index] = (
+                        self.rollouts[worker].sample.options(num_returns=2).remote(chunk_ref, chain_ref, self.version)
+                    )
+                else:
+                    images_ref = self.trainers[worker].sample.remote(chunk_ref, chain_ref)
+                submitted.append((chunks[index], chunk_ref, images_ref))
+        yield from self._score(submitted, self.reward_names)
+
+    def generate(self, chunks: Sequence[Chunk], chain: Chain, which: str) -> Iterator[Scored]:
+        """Trainer ranks do it in both placements: they hold the base and the EMA."""
+        fetch([trainer.load_scratch.remote(which) for trainer in self.trainers], self.limit_s, f"loading {which} weights")
+        chain_ref = ray.put(chain)
+        submitted = []
+        for worker, share in enumerate(deal(len(chunks), self.ranks)):
+            for index in share:
+                chunk_ref = ray.put(chunks[index])
+                images_ref = self.trainers[worker].sample_with.remote(chunk_ref, chain_ref, which)
+                submitted.append((chunks[index], chunk_ref, images_ref))
+        yield from self._score(submitted, self.all_names)
+
+    def _score(self, submitted: Sequence[tuple[Chunk, Any, Any]], names: Sequence[str]) -> Iterator[Scored]:
+        """Queue on reward workers in the order in which the samplers finish (round by round), yield in chunk order."""
+        start = time.perf_counter()
+        for key in _round_robin(deal(len(submitted), self._sampling_workers(names))):
+            chunk, chunk_ref, images_ref = submitted[key]
+            self.rewards.submit(key, chunk, chunk_ref, images_ref, names)
+        ready = [fetch(images_ref, self.limit_s, f"sampling chunk {chunk.index}") for chunk, _, images_ref in submitted]
+        sampled = time.perf_counter()
+        scored = [
+            Scored(chunk, images, self.rewards.collect(key))
+            for key, ((chunk, _, _), images) in enumerate(zip(submitted, ready, strict=True))
+        ]
+        self.times.add("sample", sampled - start)
+        self.times.add("score", time.perf_counter() - sampled)  # what sampling did not hide
+        yield from scored
+
+    def _sampling_workers(self, names: Sequence[str]) -> int:
+        return self.ranks if names == self.all_names else self.samplers
+
+    # -- training and weights ----------------------------------------------------------------------------------------
+
+    def update(self, requests: Sequence[UpdateRequest], chain: Chain) -> list[UpdateReport]:
+        start = time.perf_counter()
+        refs = []
+        for trainer, request in zip(self.trainers, requests, strict=True):
+            latents = [self.latents[chunk.index] for chunk in request.chunks] if self.separate else []
+            refs.append(trainer.update.remote(request, chain, *latents))
+        reports = fetch(refs, self.limit_s, f"the update of iteration {requests[0].iteration}")
+        self.latents.clear()
+        self.times.add("update", time.perf_counter() - start)
+        return reports
+
+    def publish(self) -> None:
+        if not self.separate:
+            return
+        start = time.perf_counter()
+        refs = [trainer.publish.remote("behaviour") for trainer in self.trainers]
+        published = fetch(refs[0], self.limit_s, "gathering weights")
+        fetch(refs[1:], self.limit_s, "gathering weights")
+        answers = fetch([worker.receive.remote(refs[0]) for worker in self.rollouts], self.limit_s, "publishing weights")
+        for version, sha256 in answers:
+            if (version, sha256) != (published.version, published.sha256):
+                raise SyncError(
+                    f"a rollout worker holds version {version} ({sha256[:16]}) after version {published.version} "
+                    f"({published.sha256[:16]}) was published"
+                )
+        self.version, self.weights_sha = published.version, published.sha256
+        self.times.add("publish", time.perf_counter() - start)
+
+    def probe(self, chunk: Chunk, chain: Chain) -> list[ProbeReport]:
+        trainers = fetch([worker.probe.remote(chunk, chain) for worker in self.trainers], self.limit_s, "the speed probe")
+        if not self.separate:
+            return trainers
+        samplers = fetch([worker.probe.remote(chunk, chain) for worker in self.rollouts], self.limit_s, "the speed probe")
+        return [ProbeReport(0.0, report.train_micro_s) for report in trainers] + samplers
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        fetch([trainer.save.remote(str(folder.resolve())) for trainer in self.trainers], self.limit_s, "saving")
+
+    def load(self, folder: Path) -> None:
+        fetch([trainer.load.remote(str(folder.resolve())) for trainer in self.trainers], self.limit_s, "loading a checkpoint")
+
+    def export(self, folder: Path, which: str) -> None:
+        refs = [trainer.export.remote(str(folder.resolve()), which) for trainer in self.trainers]
+        fetch(refs, self.limit_s, "exporting weights")
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # a crew that is already broken must still be taken down
+            ray.get([trainer.close.remote() for trainer in getattr(self, "trainers", [])], timeout=10)
+        with contextlib.suppress(Exception):
+            remove_placement_group(self.group)
+        ray.shutdown()
+
+
+def _round_robin(shares: Sequence[range]) -> list[int]:
+    """First of each share, then second of each, ...: the order in which parallel samplers finish."""
+    longest = max(map(len, shares), default=0)
+    return [share[turn] for turn in range(longest) for share in shares if turn < len(share)]

@@ -1,0 +1,90 @@
+"""What an algorithm is: how it turns rollouts and their credit into a loss. The learner is blind to which one it runs.
+
+An algorithm says what it needs, which points of a rollout it trains on (steps of the recorded chain, or times of the
+forward process), and gives the loss of one micro-batch at one point. It owns no network, no optimiser and no state.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rlrestore.diffusion.sampling import Chain, Trajectory
+from rlrestore.restorers.base import Condition, Restorer
+
+
+@dataclass(frozen=True)
+class Needs:
+    trajectory: bool = False  # stochastic steps recorded by the rollout (a sampler other than "ode")
+    old_policy: bool = False  # a slow copy that also makes the rollouts
+    reference: bool = False  # the frozen start
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where on its way between noise and image a sample is trained."""
+
+    t: float  # time in (0, 1]
+    position: int  # index into the recorded window; -1 for the forward process
+    seed: int  # of the forward process's noise; unused by trajectories
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: the same rows that were sampled together, so that a replay repeats the rollout's arithmetic."""
+
+    condition: Condition  # B rows
+    z_0: Tensor  # [B, *latent] float32, the rollouts' final latents
+    trajectory: Trajectory | None  # B rows
+    advantage_B: Tensor  # [B] float32
+    weight_B: Tensor  # [B] float32, 0 for rows without credit
+
+
+@dataclass(frozen=True)
+class Loss:
+    value_B: Tensor  # [B] the loss a sample, before masks and means
+    metrics: dict[str, Tensor]  # name -> [B] detached, averaged over kept samples by the learner
+    extremes: dict[str, Tensor]  # name -> [B] detached, of which the learner takes the maximum over kept samples
+
+
+@dataclass(frozen=True)
+class Policies:
+    """The networks a loss may ask, all through the restorer's one convention."""
+
+    restorer: Restorer
+    current: nn.Module
+    old: nn.Module | None = None
+    reference: nn.Module | None = None
+
+    def velocity(self, z_t: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        return self.restorer.velocity(z_t, t_B, condition, self.current)
+
+    @torch.no_grad()
+    def old_velocity(self, z_t: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        assert self.old is not None, "the algorithm uses an old policy that its Needs do not declare"
+        return self.restorer.velocity(z_t, t_B, condition, self.old)
+
+    @torch.no_grad()
+    def reference_velocity(self, z_t: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        assert self.reference is not None, "the algorithm uses a reference that its Needs do not declare"
+        return self.restorer.velocity(z_t, t_B, condition, self.reference)
+
+
+class Algorithm(ABC):
+    needs: Needs
+    updates: int = 1  # optimiser steps an iteration; the iteration's micro-batches are dealt out to them
+
+    @abstractmethod
+    def points(self, chain: Chain, seed: int) -> list[Point]:
+        """Where to train in this iteration: the same list on every rank, a function of the chain and the seed."""
+
+    @abstractmethod
+    def loss(self, policies: Policies, batch: Batch, point: Point) -> Loss:
+        """Loss of one micro-batch at one point; gradients flow through `policies.velocity` only."""
+
+    def old_decay(self, optimiser_steps: int) -> float:
+        """d of old <- d old + (1 - d) current after an iteration; only asked for when `needs.old_policy`."""
+        raise NotImplementedError

@@ -1,0 +1,302 @@
+"""From a typed config to the parts of a run. The only module that knows all plug-ins.
+
+Refuses at start, with both numbers and the remedy, what could not work; it never changes a config to make it pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from envs.base import Env
+from envs.registry import ENVS
+from rewards.base import Reward
+from rewards.registry import build_reward
+from rewards.rubric import FailureBudget, Rubric, TermConfig
+from rlrestore.algorithms.base import Algorithm
+from rlrestore.algorithms.registry import ALGORITHMS
+from rlrestore.config import (
+    ConfigError,
+    FinetuneConfig,
+    Plugin,
+    PluginSchemas,
+    TrainConfig,
+    read_yaml,
+    typed,
+)
+from rlrestore.crew import Crew, LocalCrew, StageTimes
+from rlrestore.diffusion.kernels import KERNELS
+from rlrestore.diffusion.schedules import time_schedule
+from rlrestore.engine.base import Engine, EngineOptions
+from rlrestore.engine.build import ENGINES, build_engine, free_port
+from rlrestore.evaluate import Evaluation
+from rlrestore.learner import Learner
+from rlrestore.log import RunLog
+from rlrestore.loop import Run, resume
+from rlrestore.restorers.base import Restorer
+from rlrestore.restorers.registry import RESTORERS
+from rlrestore.rundir import RunDir, now, versions
+from rlrestore.scoring import Scorer
+from rlrestore.stages import evaluation_chain
+
+PLACEMENTS = ("colocated", "local", "separate")
+
+
+def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A train config, typed and checked across sections; nothing is built or written."""
+    config = typed(TrainConfig, read_yaml(path, overrides), _schemas(), str(path))
+    check_config(config)
+    return config
+
+
+def load_finetune_config(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
+    config = typed(FinetuneConfig, read_yaml(path, overrides), _schemas(), str(path))
+    if config.optimiser.schedule not in ("wsd", "cosine"):
+        raise ConfigError(f"optimiser.schedule '{config.optimiser.schedule}' is unknown: choose wsd or cosine")
+    return config
+
+
+def _schemas() -> PluginSchemas:
+    return {
+        section: {kind: schema for kind, (schema, _) in registry.items()}
+        for section, registry in (("env", ENVS), ("restorer", RESTORERS), ("algorithm", ALGORITHMS))
+    }
+
+
+# -- checks across sections ----------------------------------------------------------------------------------------
+
+
+def check_config(config: TrainConfig) -> None:
+    """ConfigError with both numbers and the remedy for what cannot work, before anything is built."""
+    algorithm = build_algorithm(config.algorithm)
+    _check_choices(config)
+    _check_sampling(config, algorithm)
+    _check_sizes(config, algorithm)
+    if not config.rewards:
+        raise ConfigError("rewards is empty: name at least one term, e.g. rewards: {nss: {weight: 1}}")
+    if config.engine.precision == "bfloat16" and (config.engine.kind == "torch" or config.engine.zero == 0):
+        raise ConfigError(
+            f"engine.precision=bfloat16 with engine.kind={config.engine.kind}, engine.zero={config.engine.zero}: float32 master "
+            "weights need engine.kind=deepspeed and engine.zero >= 1"
+        )
+
+
+def _check_choices(config: TrainConfig) -> None:
+    for key, value, choices in (
+        ("engine.kind", config.engine.kind, ENGINES),
+        ("engine.zero", config.engine.zero, (0, 1, 2, 3)),
+        ("engine.precision", config.engine.precision, ("float32", "bfloat16")),
+        ("placement.kind", config.placement.kind, PLACEMENTS),
+        ("sampling.sampler", config.sampling.sampler, ("ode", *sorted(KERNELS))),
+        ("evaluate.weights", config.evaluate.weights, ("current", "ema")),
+        ("credit.normalise", config.credit.normalise, ("global", "group", "none", "pooled")),
+        ("credit.fuse", config.credit.fuse, ("normalise_then_sum", "sum_then_normalise")),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{key}={value} is unknown: choose one of {', '.join(map(str, choices))}")
+
+
+def _check_sampling(config: TrainConfig, algorithm: Algorithm) -> None:
+    sampling, kind = config.sampling, config.algorithm.kind
+    if not algorithm.needs.trajectory:
+        return
+    if sampling.sampler == "ode":
+        raise ConfigError(f"algorithm.kind={kind} needs stochastic steps and sampling.sampler=ode has none: set sampling.sampler=cps")
+    low, high = sampling.window_range
+    if not 0 <= low < high <= sampling.steps or sampling.window < 1 or sampling.window > high - low:
+        raise ConfigError(
+            f"sampling.window={sampling.window} must fit into window_range={[low, high]} of {sampling.steps} steps: "
+            f"lower the window, or widen the range up to [0, {sampling.steps - 1}]"
+        )
+    times = time_schedule(sampling.steps, sampling.shift)
+    if high == sampling.steps:
+        raise ConfigError(
+            f"sampling.window_range={[low, high]} reaches step {high - 1}, which ends at t={float(times[high]):g} with std 0 and has "
+            f"no log-probability: set window_range to [{low}, {high - 1}] at the most"
+        )
+    if sampling.level <= 0:
+        raise ConfigError(f"sampling.level={sampling.level} makes every step deterministic: {kind} needs level > 0, e.g. 0.8")
+
+
+def _check_sizes(config: TrainConfig, algorithm: Algorithm) -> None:
+    rollout, placement, engine = config.rollout, config.placement, config.engine
+    total, ranks = rollout.groups * rollout.samples, placement.ranks
+    for key, value in (
+        ("run.steps", config.run.steps), ("rollout.groups", rollout.groups), ("rollout.batch", rollout.batch),
+        ("engine.micro_batch", engine.micro_batch), ("placement.ranks", ranks), ("sampling.steps", config.sampling.steps),
+        ("placement.rollout_actors", placement.rollout_actors), ("placement.reward_workers", placement.reward_workers),
+        ("evaluate.tasks", config.evaluate.tasks), ("evaluate.samples", config.evaluate.samples),
+    ):  # fmt: skip
+        if value < 1:
+            raise ConfigError(f"{key}={value} must be at least 1")
+    if rollout.samples < 2:
+        raise ConfigError(f"rollout.samples={rollout.samples}: a group needs at least 2 rollouts to be compared; 8 is usual")
+    if placement.kind == "local" and ranks > 1:
+        raise ConfigError(f"placement.kind=local is one process and placement.ranks={ranks}: choose colocated or separate")
+    if total % rollout.batch:
+        raise ConfigError(
+            f"rollout.groups * rollout.samples = {total} does not divide into batches of rollout.batch={rollout.batch}: "
+            f"choose a divisor of {total}"
+        )
+    if (total // rollout.batch) % ranks:
+        raise ConfigError(
+            f"{total // rollout.batch} batches of an iteration do not divide over placement.ranks={ranks}: "
+            f"change rollout.groups ({rollout.groups}) or rollout.batch ({rollout.batch})"
+        )
+    if rollout.batch % engine.micro_batch:
+        raise ConfigError(
+            f"engine.micro_batch={engine.micro_batch} does not divide rollout.batch={rollout.batch}: a micro-batch is a slice of "
+            "what was sampled together"
+        )
+    micro_batches = total // ranks // engine.micro_batch
+    if algorithm.updates > micro_batches:
+        raise ConfigError(
+            f"algorithm.updates={algorithm.updates} but a rank has only {micro_batches} micro-batches an iteration: lower updates or "
+            f"engine.micro_batch ({engine.micro_batch})"
+        )
+
+
+def check_needs(rubric: Rubric, env: Env, where: str) -> None:
+    if "gt" in rubric.needs and not env.has_gt:
+        names = [name for name, spec in zip(rubric.names, rubric.specs, strict=True) if "gt" in spec.needs]
+        raise ConfigError(
+            f"{where} {', '.join(names)} compare(s) with a reference and env '{env.name}' has none: remove the metric(s), "
+            "or use an env with references"
+        )
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------
+
+
+def build_env(plugin: Plugin) -> Env:
+    _, env_class = ENVS[plugin.kind]
+    return _user_errors(lambda: env_class(plugin.config), "env")
+
+
+def build_restorer(plugin: Plugin) -> Restorer:
+    _, restorer_class = RESTORERS[plugin.kind]
+    return _user_errors(lambda: restorer_class(plugin.config), "restorer")
+
+
+def build_algorithm(plugin: Plugin) -> Algorithm:
+    _, algorithm_class = ALGORITHMS[plugin.kind]
+    return _user_errors(lambda: algorithm_class(plugin.config), "algorithm")
+
+
+def build_term(term: TermConfig) -> Reward:
+    return _user_errors(lambda: build_reward(term.kind, term.params), f"rewards.{term.name}")
+
+
+def build_scorer(terms: Mapping[str, TermConfig]) -> Scorer:
+    return Scorer(terms, build_term)
+
+
+def all_terms(config: TrainConfig) -> dict[str, TermConfig]:
+    """Rewards and gold metrics; a metric that is rewarded under the same name is not gold."""
+    return {**config.rewards, **{name: term for name, term in config.evaluate.gold.items() if name not in config.rewards}}
+
+
+@dataclass(frozen=True)
+class LearnerRecipe:
+    """All that a process needs to build its learner: plain data, sent to every rank."""
+
+    restorer: Plugin
+    algorithm: Plugin
+    engine: str
+    options: EngineOptions
+    warmup: int
+    ema_cap: float
+    max_staleness: int
+
+    @staticmethod
+    def of(config: TrainConfig) -> LearnerRecipe:
+        engine = config.engine
+        options = EngineOptions(
+            engine.lr, engine.betas, engine.weight_decay, engine.grad_clip, engine.zero, engine.precision, engine.micro_batch,
+            engine.partition_threshold,
+        )  # fmt: skip
+        return LearnerRecipe(
+            config.restorer, config.algorithm, engine.kind, options, engine.warmup, engine.ema, config.placement.max_staleness
+        )
+
+    def build(self, rank: int = 0, world: int = 1) -> Learner:
+        def make_engine(network: nn.Module) -> Engine:
+            return build_engine(self.engine, network, self.options, rank, world)
+
+        return Learner(
+            build_restorer(self.restorer), build_algorithm(self.algorithm), make_engine,
+            lr=self.options.lr, warmup=self.warmup, ema_cap=self.ema_cap,
+            micro_batch=self.options.micro_batch, max_staleness=self.max_staleness,
+        )  # fmt: skip
+
+
+def build_crew(config: TrainConfig, times: StageTimes) -> Crew:
+    recipe, terms = LearnerRecipe.of(config), all_terms(config)
+    if config.placement.kind == "local":
+        if config.engine.kind == "deepspeed":
+            from rlrestore.engine.group import join_group
+
+            join_group(0, 1, "127.0.0.1", free_port(), config.placement.stage_timeout_s)
+        return LocalCrew(recipe.build(), build_scorer(terms), tuple(config.rewards), times)
+    from rlrestore.actors.crew import RayCrew
+
+    return RayCrew(recipe, terms, tuple(config.rewards), config.placement, config.ray, times)
+
+
+def build_run(config: TrainConfig, folder: RunDir, env: Env) -> Run:
+    """Everything of a run, brought to where its checkpoint left it. The caller closes `run.crew`."""
+    torch.manual_seed(config.run.seed)  # nothing draws from the global generator; this makes a mistake repeatable
+    times = StageTimes()
+    rubric = Rubric(list(config.rewards.values()))
+    watched = Rubric(list(all_terms(config).values()))
+    evaluation = Evaluation(
+        env.held_out(config.evaluate.tasks), watched, evaluation_chain(config.sampling), config.evaluate.samples,
+        config.evaluate.batch, config.log.image_tasks,
+    )  # fmt: skip
+    budget = FailureBudget(config.reward_budget.max_fraction, config.reward_budget.window, config.reward_budget.min_scores)
+    crew = build_crew(config, times)
+    try:
+        folder.write_config(config)
+        folder.write_facts(kind="train", started=now(), versions=versions(), data=env.fingerprint(), exit="running")
+        first = int(folder.resume_from.name.removeprefix("step_")) if folder.resume_from else 0
+        log = RunLog(folder.path, purge_step=first + 1 if first else 0)
+        run = Run(
+            config, env, rubric, crew, evaluation, folder, log, budget, times, build_algorithm(config.algorithm)
+        )
+        resume(run)
+    except BaseException:
+        crew.close()
+        raise
+    return run
+
+
+def check_parts(config: TrainConfig) -> Env:
+    """Build what fails on user errors, in this process, before any folder or worker exists; returns the env."""
+    env = build_env(config.env)
+    restorer = build_restorer(config.restorer)
+    for term in all_terms(config).values():
+        build_term(term)
+    check_needs(Rubric(list(config.rewards.values())), env, "rewards:")
+    check_needs(Rubric(list(all_terms(config).values())), env, "evaluate.gold:")
+    size = env.draw(0, 1)[0].lq.shape[-2:]
+    if any(side % restorer.multiple for side in size):
+        raise ConfigError(
+            f"env tasks are {size[0]}x{size[1]} px and the restorer works in multiples of {restorer.multiple}: choose another env.size"
+        )
+    return env
+
+
+def _user_errors(make: Callable[[], Any], section: str) -> Any:
+    """A ValueError raised while a plug-in is built is the user's to mend: it becomes a ConfigError that names the section."""
+    try:
+        return make()
+    except ConfigError:
+        raise
+    except ValueError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(section.split(".")[0] + ".") else f"{section}: {text}") from error

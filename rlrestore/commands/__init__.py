@@ -1,0 +1,1 @@
+"""One file a command: wiring, progress and what is printed."""

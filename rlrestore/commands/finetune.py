@@ -1,0 +1,25 @@
+"""`rlrestore finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlrestore.build import build_env, build_restorer, load_finetune_config
+from rlrestore.finetune import finetune
+from rlrestore.quiet import quiet
+from rlrestore.rundir import now, open_run, versions
+
+
+def run_finetune(config_path: Path, overrides: list[str]) -> None:
+    quiet()
+    config = load_finetune_config(config_path, overrides)
+    env, restorer = build_env(config.env), build_restorer(config.restorer)
+    folder = open_run(config.run, config)
+    try:
+        folder.write_config(config)
+        folder.write_facts(kind="finetune", started=now(), versions=versions(), data=env.fingerprint(), exit="running")
+        weights = finetune(config, env, restorer, folder.path, folder.resume_from)
+        folder.write_facts(exit="done", stopped=now())
+    finally:
+        folder.close()
+    print(f"\nweights      {weights}\nTensorBoard  tensorboard --logdir {folder.path / 'tb'}")

@@ -1,0 +1,169 @@
+"""From scores to credit: one advantage and one loss weight a rollout, group by group.
+
+In: utilities (rewards turned so that higher is better), which of them are valid, and how to mix them. Out: `Credit`.
+A failed score is missing, never 0: it enters no mean and no std, and if it is a required one the rollout gets advantage
+0 and weight 0. The caller divides the loss by sum(weight_N), not by N. All statistics are float64 with population std.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+STD_EPS = 1e-4  # as Flow-GRPO, verl-omni and TRL; 1e-8 turns float noise into |A| ~ 1
+ZERO_SPREAD = 1e-9  # below it, a group's utilities are the same number up to float noise
+
+Normalise = Literal["pooled", "group", "global", "none"]
+Fuse = Literal["normalise_then_sum", "sum_then_normalise"]
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What the learner needs of the scores of one iteration."""
+
+    advantage_N: Tensor  # [N] float32, clamped; 0 where weight is 0
+    weight_N: Tensor  # [N] float32, 0 for masked rollouts and dropped groups, else 1
+    stats: dict[str, float]  # for the log; finite
+
+
+def group_credit(
+    utility_RN: Tensor,
+    weight_R: Tensor | Sequence[float],
+    valid_RN: Tensor,
+    required_R: Tensor | Sequence[bool],
+    groups: int,
+    *,
+    normalise: Normalise = "pooled",
+    fuse: Fuse = "normalise_then_sum",
+    floor_R: Tensor | Sequence[float] | None = None,
+    clamp: float = 5.0,
+    min_valid: int | None = None,
+    min_spread: float = 0.0,
+) -> Credit:
+    """Advantages of N = groups * K rollouts, row-major by group, from R rewards.
+
+    normalise   centre by the group mean, then divide by (std + 1e-4): "pooled" sqrt(mean over groups of the variance),
+                "group" that group's std, "global" std over the batch, "none" 1
+    fuse        "normalise_then_sum" (GDPO, arXiv 2601.05242): each reward is normalised, they are added by weight and
+                the sum is renormalised; "sum_then_normalise" (Flow-GRPO): raw utilities are added, the sum normalised
+    floor_R     least std of each reward, in its own units: a reward that hardly varies must not speak at full volume
+    min_valid   groups with fewer valid members are dropped; default max(2, K/2)
+    min_spread  groups are dropped whose spread, the weighted mean of the rewards' stds (raw units), is smaller
+
+    Weights are divided by the sum of their absolute values. A sample that lacks an optional reward takes 0 for it.
+    """
+    R, N = utility_RN.shape
+    if groups < 1 or N % groups:
+        raise ValueError(f"{N} rollouts do not divide into {groups} groups; N must be groups * samples a group")
+    K = N // groups
+    min_valid = max(2, math.ceil(K / 2)) if min_valid is None else min_valid
+    share_R = _shares(_vector(weight_R, R))
+    floor_R = _vector(torch.zeros(R) if floor_R is None else floor_R, R)
+    required_R = torch.as_tensor(required_R, dtype=torch.bool)
+
+    utility = utility_RN.detach().cpu().double().reshape(R, groups, K)
+    valid = valid_RN.detach().cpu().bool().reshape(R, groups, K) & utility.isfinite()
+    utility = torch.where(valid, utility, 0.0)
+
+    counted = valid[share_R != 0].any(0)  # a sample of which no weighted reward is known teaches nothing
+    sample_ok = counted & (valid | ~required_R[:, None, None]).all(0)  # [G, K]
+    enough_G = sample_ok.sum(1) >= min_valid
+    spread_G = _weighted_spread(utility, valid & sample_ok, share_R)
+    spread_ok_G = spread_G >= min_spread
+    kept = sample_ok & (enough_G & spread_ok_G)[:, None]  # [G, K]
+    used = valid & kept  # [R, G, K]: dropped groups enter no statistic
+
+    mean = _group_mean(utility, used)
+    centred = torch.where(used, utility - mean, 0.0)
+    if fuse == "normalise_then_sum":
+        scale = _scale(utility, used, normalise, floor_R)
+        advantage = _renormalise((share_R[:, None, None] * centred / scale).sum(0), kept, share_R, normalise)
+    elif fuse == "sum_then_normalise":
+        # a missing optional score stands at its group's mean, so that it moves nobody
+        total = (share_R[:, None, None] * torch.where(used, utility, mean)).sum(0, keepdim=True)
+        total_centred = (share_R[:, None, None] * centred).sum(0, keepdim=True)
+        total_floor = (share_R.abs() * floor_R).sum(0, keepdim=True)
+        advantage = (total_centred / _scale(total, kept[None], normalise, total_floor))[0]
+    else:
+        raise ValueError(f"unknown fuse {fuse!r}; known: normalise_then_sum, sum_then_normalise")
+
+    group_mean_G = advantage.sum(1) / kept.sum(1).clamp_min(1)
+    tolerance = 1e-6 * max(1.0, float(advantage.abs().max()))
+    assert float(group_mean_G.abs().max()) < tolerance, "advantages of a group must add up to 0: a mask leaks"
+    clamped = advantage.clamp(-clamp, clamp)
+    kept_A = clamped[kept]
+    n_kept = int(kept.sum())
+    stats = {
+        "adv_abs_mean": float(kept_A.abs().mean()) if n_kept else 0.0,
+        "adv_std": float(kept_A.std(correction=0)) if n_kept else 0.0,
+        "clamped_frac": float((advantage.abs() > clamp).sum()) / max(n_kept, 1),
+        "group_spread_mean": float(spread_G[enough_G].mean()) if bool(enough_G.any()) else 0.0,
+        "zero_spread_groups": float((enough_G & (spread_G < ZERO_SPREAD)).sum()),
+        "dropped_groups": float((~(enough_G & spread_ok_G)).sum()),
+        "dropped_groups_invalid": float((~enough_G).sum()),
+        "masked_samples": float((~sample_ok).sum()),
+        "kept_samples": float(n_kept),
+    }
+    return Credit(clamped.reshape(N).float(), kept.reshape(N).float(), stats)
+
+
+def _vector(values: Tensor | Sequence[float], R: int) -> Tensor:
+    vector = torch.as_tensor(values, dtype=torch.float64).cpu()
+    assert vector.shape == (R,), f"{tuple(vector.shape)} values for {R} rewards"
+    return vector
+
+
+def _shares(weight_R: Tensor) -> Tensor:
+    total = float(weight_R.abs().sum())
+    if not (math.isfinite(total) and total > 0):
+        raise ValueError(f"reward weights {weight_R.tolist()} must be finite with at least one that is not 0")
+    return weight_R / total
+
+
+def _group_mean(value: Tensor, used: Tensor) -> Tensor:
+    """[..., 1] mean over the used members of the last axis; 0 if there are none."""
+    return (value * used).sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp_min(1)
+
+
+def _group_variance(value: Tensor, used: Tensor) -> Tensor:
+    return _group_mean((value - _group_mean(value, used)).square(), used)[..., 0]
+
+
+def _weighted_spread(utility: Tensor, used: Tensor, share_R: Tensor) -> Tensor:
+    """[G] weighted mean of the rewards' in-group stds: 0 exactly when no weighted reward tells the members apart."""
+    return (share_R.abs()[:, None] * _group_variance(utility, used).sqrt()).sum(0)
+
+
+def _scale(value: Tensor, used: Tensor, normalise: Normalise, floor_R: Tensor) -> Tensor:
+    """What to divide by, broadcastable to [R, G, K]."""
+    if normalise == "none":
+        return torch.ones(1, dtype=torch.float64)
+    if normalise == "group":
+        std = _group_variance(value, used).sqrt()[:, :, None]
+    elif normalise == "pooled":
+        informative = used.sum(-1) >= 2  # one member has no spread, which is not the same as a spread of 0
+        variance_R = (_group_variance(value, used) * informative).sum(1) / informative.sum(1).clamp_min(1)
+        std = variance_R.sqrt()[:, None, None]
+    elif normalise == "global":
+        flat = used.flatten(1)
+        std = _group_variance(value.flatten(1), flat).sqrt()[:, None, None]
+    else:
+        raise ValueError(f"unknown normalise {normalise!r}; known: pooled, group, global, none")
+    return torch.maximum(std, floor_R[:, None, None]) + STD_EPS
+
+
+def _renormalise(advantage: Tensor, kept: Tensor, share_R: Tensor, normalise: Normalise) -> Tensor:
+    """Bring a weighted sum of unit-std rewards back to unit std (std only: the mean is 0 already).
+
+    Never by less than sqrt(sum share^2), the std if the rewards were independent: a smaller one means that a floor, the
+    global std or a conflict between rewards made the advantages small on purpose, and must not be amplified away.
+    """
+    if normalise == "none" or not bool(kept.any()):
+        return advantage
+    std = advantage[kept].square().mean().sqrt()
+    return advantage / torch.maximum(std, share_R.square().sum().sqrt())

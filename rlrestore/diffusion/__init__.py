@@ -1,0 +1,1 @@
+"""Flow-coordinate diffusion mathematics: schedules, step kernels. Pure functions on tensors."""

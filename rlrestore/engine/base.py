@@ -1,0 +1,64 @@
+"""What moves the weights: one interface over plain torch and DeepSpeed.
+
+An engine owns the denoiser, its optimiser and the gradient. `network` is what a forward goes through. The caller owns
+accumulation: any number of `backward`, then one `step`. Losses are scaled by the caller so that the SUM over ranks and
+backwards is the loss to minimise; the engine adds gradients over ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient is NaN or infinite: nothing was updated, published or saved."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine needs of the config, the same on all ranks."""
+
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    grad_clip: float  # global norm, 0 for none
+    zero: int
+    precision: str  # of the weights: float32 | bfloat16
+    micro_batch: int
+    partition_threshold: int = 100_000  # ZeRO-3 leaves parameters with fewer elements whole
+
+
+class Engine(ABC):
+    network: nn.Module
+    rank: int
+    world: int
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a scalar; NonFiniteError if it is not finite."""
+
+    @abstractmethod
+    def step(self, lr: float) -> float:
+        """One optimiser step on what was accumulated; returns the global gradient norm before clipping.
+
+        NonFiniteError if the gradient is not finite, with the weights as they were.
+        """
+
+    @abstractmethod
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Whole trainable parameters by name, detached, float32 (master weights). Collective: call on every rank."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Weights and optimiser of this rank into an existing folder on shared storage. Collective."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """The state that `save` wrote at the same world size. Collective."""
+
+    def close(self) -> None:
+        """Leave the process group, if any."""

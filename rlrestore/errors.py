@@ -1,0 +1,28 @@
+"""Which errors are whose: the user's, the machine's, or a failure of the run that has a name."""
+
+from __future__ import annotations
+
+from rewards.rubric import RewardBudgetError
+from rlrestore.checkpoint import CheckpointError
+from rlrestore.config import ConfigError
+from rlrestore.crew import WorkerLostError
+from rlrestore.engine.base import NonFiniteError
+from rlrestore.learner import StaleRolloutError
+from rlrestore.weights import SyncError
+
+
+class InputError(ValueError):
+    """A file or folder given on the command line cannot be used; the message says what to do."""
+
+
+class ClusterError(RuntimeError):
+    """Ray cannot be reached, or the cluster lacks what the placement asks for."""
+
+
+USER_ERRORS = (ConfigError, InputError, CheckpointError)
+UNAVAILABLE_ERRORS = (ClusterError,)
+
+
+def known_failures() -> tuple[type[Exception], ...]:
+    """Failures of a run that explain themselves in one line."""
+    return (RewardBudgetError, NonFiniteError, StaleRolloutError, SyncError, WorkerLostError, FloatingPointError)

@@ -1,0 +1,136 @@
+"""Base against tuned on held-out tasks, at equal noise: the table that a run ends with.
+
+Every metric is measured on the same tasks with the same seeds for both weights; the difference of a task is averaged over
+its seeds, and the interval is a bootstrap over tasks. Metrics are named with their colour space; *gold* ones were never
+rewarded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from envs.types import Task
+from rewards.base import RewardSpec
+from rewards.rubric import Rubric
+from rlrestore.crew import Crew, Scored
+from rlrestore.diffusion.sampling import Chain
+from rlrestore.pictures import grid
+from rlrestore.stages import combine, make_chunks
+from rlrestore.statistics import bootstrap_ci
+
+EVALUATION_SEED = 977  # noise of evaluation: one for all runs, so that runs can be compared
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One set of weights on all held-out tasks."""
+
+    values: dict[str, Tensor]  # metric -> [tasks, samples] raw, NaN where scoring failed; "mix" included
+    pictures: list[Tensor]  # first sample of the first tasks, [3, H, W]
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One line of the table, as `result.json` has it."""
+
+    role: str  # "reward" or "gold"
+    higher_is_better: bool
+    base: float
+    tuned: float
+    delta: float
+    ci95: tuple[float, float]
+    n: int  # tasks
+
+    @property
+    def verdict(self) -> str:
+        """better / worse if the interval excludes 0, else within noise."""
+        low, high = self.ci95 if self.higher_is_better else (-self.ci95[1], -self.ci95[0])
+        return "better" if low > 0 else "worse" if high < 0 else "within noise"
+
+
+class Evaluation:
+    """Fixed tasks and noise; `measure` any weights on them."""
+
+    def __init__(
+        self, tasks: Sequence[Task], rubric: Rubric, chain: Chain, samples: int, batch: int, pictures: int
+    ):
+        self.tasks, self.rubric, self.chain, self.samples = list(tasks), rubric, chain, samples
+        self.chunks = make_chunks(self.tasks, samples, batch, EVALUATION_SEED)
+        self.pictures = min(pictures, len(self.tasks))
+
+    @property
+    def images(self) -> int:
+        return len(self.tasks) * self.samples
+
+    def measure(self, crew: Crew, which: str) -> Measured:
+        """Sample and score with weights base | ema | current."""
+        scored = list(crew.generate(self.chunks, self.chain, which))
+        table = combine(scored, self.rubric)
+        shape = (len(self.tasks), self.samples)
+        values = {name: table.raw_RN[index].reshape(shape) for index, name in enumerate(table.names)}
+        values["mix"] = table.mix_N.reshape(shape)
+        return Measured(values, self._first_samples(scored))
+
+    def grid(self, base: Measured, tuned: Measured) -> Tensor:
+        """LQ | base | tuned | GT at equal noise."""
+        has_gt = all(task.gt is not None for task in self.tasks)
+        rows = [
+            [task.lq, base.pictures[index], tuned.pictures[index], *([task.gt] if task.gt is not None and has_gt else [])]
+            for index, task in enumerate(self.tasks[: self.pictures])
+        ]
+        titles = ["LQ", "base", "tuned", *(["GT"] if has_gt else [])]
+        return grid(rows, titles, [task.id.split("@")[0] for task in self.tasks[: self.pictures]])
+
+    def _first_samples(self, scored: Sequence[Scored]) -> list[Tensor]:
+        first: dict[int, Tensor] = {}
+        for part in scored:
+            for index, row in enumerate(part.chunk.rows):
+                if row.member == 0:
+                    first[row.group] = part.images.pixels[index].float() / 255
+        return [first[index] for index in range(self.pictures)]
+
+
+def compare(base: Measured, tuned: Measured, rubric: Rubric) -> dict[str, MetricRow]:
+    """One row a metric; the mix first, then rewards, then gold."""
+    roles = {name: (term.role, spec) for name, term, spec in zip(rubric.names, rubric.terms, rubric.specs, strict=True)}
+    rows = {"mix": _row(base.values["mix"], tuned.values["mix"], "reward", True)}
+    for name, (role, spec) in sorted(roles.items(), key=lambda item: (item[1][0] == "gold", list(roles).index(item[0]))):
+        rows[name] = _row(base.values[name], tuned.values[name], role, spec.higher_is_better)
+    return rows
+
+
+def _row(base: Tensor, tuned: Tensor, role: str, higher_is_better: bool) -> MetricRow:
+    """Only (task, seed) pairs that both weights have a score for."""
+    both = base.isfinite() & tuned.isfinite()
+    if not bool(both.any()):
+        return MetricRow(role, higher_is_better, float("nan"), float("nan"), float("nan"), (float("nan"),) * 2, 0)
+    nan = torch.full_like(base, float("nan"))
+    interval = bootstrap_ci(torch.where(both, tuned - base, nan).double().numpy())
+    kept = both.any(1)
+
+    def mean(values: Tensor) -> float:
+        return float(np.nanmean(np.nanmean(torch.where(both, values, nan)[kept].double().numpy(), axis=1)))
+
+    return MetricRow(
+        role, higher_is_better, mean(base), mean(tuned), interval.mean, (interval.low, interval.high), int(kept.sum())
+    )
+
+
+def table(rows: Mapping[str, MetricRow], specs: Mapping[str, RewardSpec] | None = None) -> str:
+    """The rows as text, aligned for a terminal."""
+    header = ("metric", "role", "base", "tuned", "delta", "95% interval", "n", "")
+    body = [
+        (
+            name + (" (up)" if row.higher_is_better else " (down)"), row.role, f"{row.base:.4f}", f"{row.tuned:.4f}",
+            f"{row.delta:+.4f}", f"[{row.ci95[0]:+.4f}, {row.ci95[1]:+.4f}]", str(row.n), row.verdict,
+        )
+        for name, row in rows.items()
+    ]  # fmt: skip
+    widths = [max(len(line[column]) for line in (header, *body)) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (header, *body)]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

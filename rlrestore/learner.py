@@ -1,0 +1,258 @@
+"""One trainer rank: the policies, the gradient, the copies that follow. Plain class; `actors` wraps it for Ray.
+
+In: chunks that were sampled, with advantages and weights. Out: moved weights and a report. The same object also samples
+(placements `local` and `colocated`) from its behaviour policy: the old policy where the algorithm keeps one, else the
+current weights. A collective method is called on every rank with the same arguments.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rlrestore.algorithms.base import Algorithm, Batch, Loss, Point, Policies
+from rlrestore.algorithms.objectives import ema_decay
+from rlrestore.checkpoint import load_tensors, read_json, save_tensors, write_json_atomic
+from rlrestore.diffusion.sampling import Chain
+from rlrestore.engine.base import Engine
+from rlrestore.lr import warmup_factor
+from rlrestore.optimiser import Ema
+from rlrestore.restorers.base import Restorer
+from rlrestore.rollout import Sampler
+from rlrestore.seeds import derive_seed
+from rlrestore.types import Chunk, Images, Latents, ProbeReport, UpdateReport, UpdateRequest, plan_updates
+from rlrestore.weights import Published, publish
+
+
+class StaleRolloutError(RuntimeError):
+    """A rollout was made by weights older than `placement.max_staleness` allows."""
+
+
+class Learner:
+    def __init__(
+        self,
+        restorer: Restorer,
+        algorithm: Algorithm,
+        make_engine: Callable[[nn.Module], Engine],
+        *,
+        lr: float,
+        warmup: int,
+        ema_cap: float,
+        micro_batch: int,
+        max_staleness: int,
+    ):
+        self.restorer, self.algorithm, self.sampler = restorer, algorithm, Sampler(restorer)
+        self.lr, self.warmup, self.ema_cap = lr, warmup, ema_cap
+        self.micro_batch, self.max_staleness = micro_batch, max_staleness
+        network = restorer.denoiser.requires_grad_(True)
+        # Copies are made before the engine may partition the network.
+        self.base = {name: value.detach().clone() for name, value in network.named_parameters()}
+        self.scratch = copy.deepcopy(network).requires_grad_(False)  # evaluation weights are swapped in here
+        self.old = copy.deepcopy(network).requires_grad_(False) if algorithm.needs.old_policy else None
+        self.reference = copy.deepcopy(network).requires_grad_(False) if algorithm.needs.reference else None
+        self.engine = make_engine(network)
+        self.ema = Ema(self.engine.full_parameters())
+        self.old_shadow = Ema(self.engine.full_parameters()) if self.old is not None else None
+        self.policies = Policies(restorer, self.engine.network, self.old, self.reference)
+        self.iteration = 0  # iterations trained: the version of the weights
+        self.optimiser_steps = 0
+        self.latents: dict[int, Latents] = {}
+
+    # -- sampling ----------------------------------------------------------------------------------------------
+
+    @property
+    def behaviour(self) -> nn.Module:
+        return self.engine.network if self.old is None else self.old
+
+    def sample(self, chunk: Chunk, chain: Chain) -> Images:
+        """Sample from the behaviour policy and keep the latents for `update`."""
+        images, latents = self.sampler.sample(chunk, chain, self.behaviour, self.iteration, "")
+        self.latents[chunk.index] = latents
+        return images
+
+    def sample_with(self, chunk: Chunk, chain: Chain, which: str) -> Images:
+        """Sample with weights `base`, `ema` or `current`, which were put in place by `load_scratch`."""
+        return self.sampler.sample(chunk, chain, self.scratch, self.iteration, which)[0]
+
+    @torch.no_grad()
+    def load_scratch(self, which: str) -> None:
+        """Collective."""
+        weights = self.weights(which)
+        for name, parameter in self.scratch.named_parameters():
+            parameter.copy_(weights[name])
+
+    # -- weights -----------------------------------------------------------------------------------------------
+
+    def weights(self, which: str) -> Mapping[str, Tensor]:
+        """Whole parameters, float32: base | current | ema | behaviour. Collective."""
+        if which == "base":
+            return self.base
+        if which == "ema":
+            return self.ema.shadow
+        if which == "behaviour" and self.old_shadow is not None:
+            return self.old_shadow.shadow
+        return self.engine.full_parameters()
+
+    def publish(self, which: str) -> Published | None:
+        """The weights as rank 0 sends them, None on the others. Collective."""
+        weights = self.weights(which)
+        return publish(weights, self.iteration) if self.engine.rank == 0 else None
+
+    # -- training ----------------------------------------------------------------------------------------------
+
+    def give(self, latents: Sequence[Latents]) -> None:
+        """Latents that somebody else sampled (placement `separate`)."""
+        for item in latents:
+            if self.iteration - item.version > self.max_staleness:
+                raise StaleRolloutError(
+                    f"chunk {item.chunk} was sampled by version {item.version}, the trainer is at {self.iteration} and "
+                    f"placement.max_staleness is {self.max_staleness}"
+                )
+            self.latents[item.chunk] = item
+
+    def update(self, request: UpdateRequest, chain: Chain) -> UpdateReport:
+        """All optimiser steps of one iteration. NonFiniteError leaves weights as they were. Collective."""
+        start = time.perf_counter()
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        maxima: dict[str, float] = {}
+        grad_norms, skipped, lr = [], 0, 0.0
+        points = self.algorithm.points(chain, request.point_seed)
+        plan = plan_updates([len(chunk.rows) for chunk in request.chunks], self.micro_batch, self.algorithm.updates)
+        for micro_batches, total in zip(plan, request.totals, strict=True):
+            if total == 0:
+                skipped += 1
+                continue
+            for position, first, last in micro_batches:
+                batch = self._batch(request, position, slice(first, last))
+                for point in points:
+                    loss = self._loss(batch, point, request.chunks[position].index, first)
+                    value = (loss.value_B * batch.weight_B).sum() / (total * len(points))
+                    self.engine.backward(value)
+                    _add(sums, maxima, loss, batch.weight_B)
+            lr = self.lr * warmup_factor(self.optimiser_steps, self.warmup)
+            grad_norms.append(self.engine.step(lr))
+            self.optimiser_steps += 1
+        self._follow(bool(grad_norms))
+        self.latents.clear()
+        self.sampler.forget()
+        return UpdateReport(
+            {name: (value, weight) for name, (value, weight) in sums.items()},
+            maxima, tuple(grad_norms), lr, skipped, time.perf_counter() - start,
+        )  # fmt: skip
+
+    def _batch(self, request: UpdateRequest, position: int, rows: slice) -> Batch:
+        chunk = request.chunks[position]
+        latents = self.latents[chunk.index]
+        return Batch(
+            self.sampler.condition(chunk).take(rows),
+            latents.z_0[rows],
+            None if latents.trajectory is None else latents.trajectory.take(rows),
+            request.advantages[position][rows],
+            request.weights[position][rows],
+        )
+
+    def _loss(self, batch: Batch, point: Point, chunk: int, first: int) -> Loss:
+        # noise of the forward process differs between micro-batches, and is the same whichever rank trains them
+        return self.algorithm.loss(self.policies, batch, replace(point, seed=derive_seed(point.seed, "rows", chunk, first)))
+
+    @torch.no_grad()
+    def _follow(self, moved: bool) -> None:
+        self.iteration += 1
+        if not moved:
+            return
+        parameters = self.engine.full_parameters()
+        self.ema.update(parameters, ema_decay(self.iteration - 1, self.ema_cap))
+        if self.old is not None and self.old_shadow is not None:
+            self.old_shadow.update(parameters, self.algorithm.old_decay(self.optimiser_steps))
+            for name, parameter in self.old.named_parameters():
+                parameter.copy_(self.old_shadow.shadow[name])
+
+    # -- measuring ---------------------------------------------------------------------------------------------
+
+    def probe(self, chunk: Chunk, chain: Chain, repeats: int = 2) -> ProbeReport:
+        """Time the bare arithmetic: sampling one chunk, and the loss with backward of one micro-batch. Changes nothing."""
+        net = self.behaviour
+        condition = self.sampler.condition(chunk)
+        latents = self.sampler.sample(chunk, chain, net, 0, "")[1]  # also warms up
+        rows = slice(0, self.micro_batch)
+        ones = torch.ones(len(chunk.rows))
+        batch = Batch(
+            condition.take(rows), latents.z_0[rows], latents.trajectory and latents.trajectory.take(rows),
+            ones[rows], ones[rows],
+        )  # fmt: skip
+        policies = replace(self.policies, current=self.scratch.requires_grad_(True))
+        points = self.algorithm.points(chain, 0)[:1]
+        sample_s, train_s = [], []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            self.sampler.sample(chunk, chain, self.scratch, 0, "")
+            sample_s.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            self.algorithm.loss(policies, batch, points[0]).value_B.mean().backward()
+            train_s.append(time.perf_counter() - start)
+            self.scratch.zero_grad(set_to_none=True)
+        self.scratch.requires_grad_(False)
+        self.sampler.forget()
+        return ProbeReport(min(sample_s), min(train_s))
+
+    # -- files -------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Into an existing folder on shared storage. Collective."""
+        (folder / "engine").mkdir(exist_ok=True)
+        self.engine.save(folder / "engine")
+        if self.engine.rank == 0:
+            save_tensors(folder / "ema.safetensors", self.ema.shadow)
+            save_tensors(folder / "base.safetensors", self.base)
+            if self.old_shadow is not None:
+                save_tensors(folder / "old.safetensors", self.old_shadow.shadow)
+            write_json_atomic(
+                folder / "learner.json", {"iteration": self.iteration, "optimiser_steps": self.optimiser_steps}
+            )
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Collective."""
+        self.engine.load(folder / "engine")
+        self.ema.load(load_tensors(folder / "ema.safetensors"))
+        base = load_tensors(folder / "base.safetensors")
+        for name, value in base.items():
+            self.base[name].copy_(value)
+        if self.reference is not None:
+            for name, parameter in self.reference.named_parameters():
+                parameter.copy_(self.base[name])
+        if self.old is not None and self.old_shadow is not None:
+            self.old_shadow.load(load_tensors(folder / "old.safetensors"))
+            for name, parameter in self.old.named_parameters():
+                parameter.copy_(self.old_shadow.shadow[name])
+        counters = read_json(folder / "learner.json")
+        self.iteration, self.optimiser_steps = counters["iteration"], counters["optimiser_steps"]
+
+    def export(self, folder: Path, which: str) -> None:
+        """A folder that `restorer.weights` opens, with weights `ema` or `current`. Collective; rank 0 writes."""
+        weights = self.weights(which)
+        if self.engine.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.restorer.save(folder, weights)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def _add(sums: dict[str, list[float]], maxima: dict[str, float], loss: Loss, weight_B: Tensor) -> None:
+    """Add one micro-batch to the iteration's metrics, kept rows only."""
+    kept = weight_B > 0
+    if not bool(kept.any()):
+        return
+    for name, value_B in {"loss": loss.value_B.detach(), **loss.metrics}.items():
+        sums[name][0] += float((value_B * weight_B).sum())
+        sums[name][1] += float(weight_B.sum())
+    for name, value_B in loss.extremes.items():
+        maxima[name] = max(maxima.get(name, 0.0), float(value_B[kept].max()))

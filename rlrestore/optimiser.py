@@ -1,0 +1,56 @@
+"""AdamW and its state as plain tensors, so that checkpoints need no pickle; and the EMA of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+STATES = ("exp_avg", "exp_avg_sq", "step")
+
+
+def adamw(parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float):
+    return torch.optim.AdamW(parameters, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+
+
+def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    """AdamW state by parameter name: "NAME/exp_avg" and so on. Empty before the first step."""
+    return {
+        f"{names[parameter]}/{key}": state[key].detach().clone()
+        for parameter, state in optimiser.state.items()
+        for key in STATES
+    }
+
+
+def load_optimiser_tensors(
+    optimiser: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
+) -> None:
+    optimiser.state.clear()
+    if not tensors:
+        return
+    for parameter, name in names.items():
+        if f"{name}/step" in tensors:  # a parameter that never had a gradient has no state
+            optimiser.state[parameter] = {key: tensors[f"{name}/{key}"].clone() for key in STATES}
+
+
+class Ema:
+    """float32 shadow of parameters; `update` with decay d: shadow <- d shadow + (1 - d) parameter."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]):
+        self.shadow = {name: value.detach().float().clone() for name, value in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+        for name, value in parameters.items():
+            self.shadow[name].lerp_(value.detach().float(), 1 - decay)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        assert tensors.keys() == self.shadow.keys()
+        for name, value in tensors.items():
+            self.shadow[name].copy_(value)

@@ -1,0 +1,235 @@
+"""The embedded restorer: a predict-and-refine flow on pixels that a laptop can train.
+
+A *mean network* reads the LQ once and predicts the expected result m and the spread s of what it cannot know; a
+*denoiser* is a flow-matching network in the whitened residual z = (u(x) - m) / s, u = pixel unshuffle of 2x - 1.
+Splitting the predictable from the stochastic part follows "Deblurring via Stochastic Refinement" (arXiv 2112.02475);
+the per-element spread makes z_0 nearly unit variance everywhere, so that flat regions get no noise to remove and the
+denoiser starts from the analytically best linear one (`_velocity_from_raw`, the preconditioning of arXiv 2206.00364
+written for the straight path). `docs/restorers.md` has what was tried against it.
+
+Refuses: checkpoints of another architecture. Numerics: networks run in bfloat16 autocast when the config says so,
+states and outputs are float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
+
+from rlrestore.restorers.base import Condition, Restorer
+
+PACKAGED_WEIGHTS = Path(__file__).parent / "weights" / "embedded"
+
+
+@dataclass
+class EmbeddedConfig:
+    """`weights`: a folder with config.json and weights.safetensors, "packaged" for the one that ships, null for random."""
+
+    weights: str | None = "packaged"
+    precision: str = "bfloat16"  # autocast dtype of both networks: bfloat16 | float32
+    unshuffle: int = 4  # pixels a latent cell has on each side
+    mean_channels: tuple[int, ...] = (32, 64, 128)
+    flow_channels: tuple[int, ...] = (48, 64, 128)
+    layers: int = 1
+    groups: int = 16  # of the group norms
+    init_seed: int = 0  # of random weights
+
+
+MEAN_WEIGHT = 50.0  # brings the squared error (about 0.005) to the size of the likelihood term
+ARCHITECTURE = ("unshuffle", "mean_channels", "flow_channels", "layers", "groups")
+
+
+@dataclass(frozen=True)
+class EmbeddedCondition(Condition):
+    features: Tensor  # [B, 3c, h, w] m, whitened (u(LQ) - m) / s, log s; what the denoiser sees beside the state
+    mean: Tensor  # [B, c, h, w] m, in the units of u
+    spread: Tensor  # [B, c, h, w] s > 0, in the units of u
+
+
+class EmbeddedRestorer(Restorer):
+    def __init__(self, config: EmbeddedConfig):
+        if config.precision not in ("bfloat16", "float32"):
+            raise ValueError(f"restorer.precision is '{config.precision}': choose bfloat16 or float32")
+        folder = None if config.weights is None else _weights_folder(config.weights)
+        if folder is not None:
+            config = _with_saved_architecture(config, folder)
+        self.config = config
+        self.multiple = config.unshuffle * 2 ** (len(config.flow_channels) - 1)
+        cells = 3 * config.unshuffle**2
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.init_seed)
+            self.mean_net = _unet(cells, 2 * cells, config.mean_channels, config)
+            self.denoiser: nn.Module = _unet(4 * cells, cells, config.flow_channels, config)
+        if folder is not None:
+            self._load_weights(load_file(folder / "weights.safetensors"))
+        self.mean_net.requires_grad_(False).eval()
+        self.denoiser.eval()  # no dropout, no running statistics: train and eval are the same arithmetic
+
+    # -- the convention ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def condition(self, lq_BCHW: Tensor) -> EmbeddedCondition:
+        lq = self._unshuffle(lq_BCHW)
+        mean, log_spread = self.predict_mean(lq)
+        return self.condition_from_prediction(lq, mean, log_spread, size=tuple(lq_BCHW.shape[-2:]))
+
+    def latent_shape(self, condition: Condition) -> tuple[int, ...]:
+        assert isinstance(condition, EmbeddedCondition)
+        return tuple(condition.mean.shape[1:])
+
+    def velocity(self, z_t: Tensor, t_B: Tensor, condition: Condition, net: nn.Module | None = None) -> Tensor:
+        assert isinstance(condition, EmbeddedCondition) and z_t.dtype == torch.float32
+        network = self.denoiser if net is None else net
+        t = t_B.to(torch.float32).view(-1, 1, 1, 1)
+        gain = ((1 - t).square() + t.square()).rsqrt()  # 1 / std of z_t when z_0 has unit variance
+        inputs = torch.cat([z_t * gain, condition.features], dim=1).contiguous(memory_format=torch.channels_last)
+        with self._autocast(inputs.device.type):
+            raw = network(inputs, t_B * 1000.0).sample
+        return _velocity_from_raw(raw.to(torch.float32), z_t, t, gain).contiguous()
+
+    def decode(self, z_0: Tensor, condition: Condition) -> Tensor:
+        assert isinstance(condition, EmbeddedCondition)
+        pixels = pixel_shuffle(condition.mean + condition.spread * z_0, self.config.unshuffle)
+        height, width = condition.size
+        return ((pixels[..., :height, :width] + 1) / 2).clamp(0, 1)
+
+    def encode(self, image_BCHW: Tensor, condition: Condition) -> Tensor:
+        assert isinstance(condition, EmbeddedCondition)
+        return (self._unshuffle(image_BCHW) - condition.mean) / condition.spread
+
+    # -- supervised training of both networks (`finetune`) ---------------------------------------------------------
+
+    def supervised_modules(self) -> dict[str, nn.Module]:
+        return {"mean_net": self.mean_net, "denoiser": self.denoiser}
+
+    def supervised_loss(
+        self, lq_BCHW: Tensor, gt_BCHW: Tensor, t_B: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Both networks at once; each has its own gradient (the denoiser's condition is detached).
+
+        m: squared error, s: Gaussian likelihood of the residual it leaves, denoiser: flow matching in the whitened residual.
+        """
+        lq, gt = self._unshuffle(lq_BCHW), self._unshuffle(gt_BCHW)
+        mean, log_spread = self.predict_mean(lq)
+        squared_error = (gt - mean).square()
+        likelihood = (log_spread + squared_error.detach() / (2 * (2 * log_spread).exp())).mean()
+        size = (lq_BCHW.shape[-2], lq_BCHW.shape[-1])
+        condition = self.condition_from_prediction(lq, mean.detach(), log_spread.detach(), size)
+        z_0 = ((gt - condition.mean) / condition.spread).clamp(-8, 8)  # a few residuals of 20 s would own the batch
+        flow = self.flow_matching_error(z_0, condition, t_B, generator).mean()
+        loss = MEAN_WEIGHT * squared_error.mean() + likelihood + flow
+        return loss, {
+            "flow": float(flow.detach()),
+            "mean_psnr": float(-10 * (squared_error.detach().mean() / 4).log10()),  # u spans 2
+            "nll": float(likelihood.detach()),
+            "z0_std": float(z_0.std()),
+        }
+
+    def predict_mean(self, lq_BChw: Tensor) -> tuple[Tensor, Tensor]:
+        """u(LQ) -> (m, log s), both [B, c, h, w] float32; the caller chooses whether gradients flow."""
+        inputs = lq_BChw.contiguous(memory_format=torch.channels_last)
+        with self._autocast(inputs.device.type):
+            raw = self.mean_net(inputs, 0).sample
+        residual, log_spread = raw.to(torch.float32).chunk(2, dim=1)
+        # exp(-2.5) = 0.08 is about the residual's spread at the start; 0.004..1 keeps whitening finite.
+        return lq_BChw + residual, (log_spread - 2.5).clamp(-5.5, 0.0)
+
+    def condition_from_prediction(
+        self, lq: Tensor, mean: Tensor, log_spread: Tensor, size: tuple[int, int]
+    ) -> EmbeddedCondition:
+        spread = log_spread.exp()
+        features = torch.cat([mean, ((lq - mean) / spread).clamp(-10, 10), log_spread + 2.5], dim=1)
+        return EmbeddedCondition(size=size, features=features, mean=mean, spread=spread)
+
+    def unshuffle(self, image_BCHW: Tensor) -> Tensor:
+        return self._unshuffle(image_BCHW)
+
+    # -- files -------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, denoiser: Mapping[str, Tensor] | None = None) -> None:
+        denoiser = self.denoiser.state_dict() if denoiser is None else denoiser
+        tensors = {f"mean.{k}": v.half().contiguous() for k, v in self.mean_net.state_dict().items()}
+        tensors |= {f"denoiser.{k}": v.half().contiguous() for k, v in denoiser.items()}
+        save_file(tensors, folder / "weights.safetensors")
+        architecture = {key: value for key, value in asdict(self.config).items() if key in ARCHITECTURE}
+        (folder / "config.json").write_text(json.dumps({"kind": "embedded", **architecture}, indent=1) + "\n")
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps([getattr(self.config, key) for key in ARCHITECTURE]).encode())
+        for name, tensor in sorted(self.mean_net.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _load_weights(self, tensors: dict[str, Tensor]) -> None:
+        for prefix, module in (("mean.", self.mean_net), ("denoiser.", self.denoiser)):
+            module.load_state_dict(
+                {key.removeprefix(prefix): value.float() for key, value in tensors.items() if key.startswith(prefix)}
+            )
+
+    # -- arithmetic --------------------------------------------------------------------------------------------
+
+    def _unshuffle(self, image_BCHW: Tensor) -> Tensor:
+        height, width = image_BCHW.shape[-2:]
+        below, right = -height % self.multiple, -width % self.multiple
+        if below or right:
+            mode = "reflect" if below < height and right < width else "replicate"
+            image_BCHW = pad(image_BCHW, (0, right, 0, below), mode=mode)
+        return pixel_unshuffle(2 * image_BCHW - 1, self.config.unshuffle)
+
+    def _autocast(self, device_type: str):
+        return torch.autocast(device_type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+
+def _velocity_from_raw(raw: Tensor, z_t: Tensor, t: Tensor, gain: Tensor) -> Tensor:
+    """v = E[v | z_t] of a unit-variance z_0 plus what is left, in units of its std.
+
+    For independent unit-variance z_0 and eps: E[v | z_t] = (2t - 1) / ((1-t)^2 + t^2) z_t, and the rest has std `gain`.
+    A network that returns 0 is then the best linear one.
+    """
+    return (2 * t - 1) * gain.square() * z_t + gain * raw
+
+
+def _unet(in_channels: int, out_channels: int, channels: tuple[int, ...], config: EmbeddedConfig) -> nn.Module:
+    from diffusers import UNet2DModel  # seconds to import, and help or an error message should not wait for it
+
+    net = UNet2DModel(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        block_out_channels=tuple(channels),
+        layers_per_block=config.layers,
+        down_block_types=("DownBlock2D",) * len(channels),
+        up_block_types=("UpBlock2D",) * len(channels),
+        norm_num_groups=config.groups,
+        add_attention=False,  # convolutions only: a tile sees what the whole photo would show it
+    )
+    nn.init.zeros_(net.conv_out.weight)
+    nn.init.zeros_(net.conv_out.bias)
+    return net
+
+
+def _weights_folder(weights: str) -> Path:
+    folder = PACKAGED_WEIGHTS if weights == "packaged" else Path(weights)
+    for name in ("config.json", "weights.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"restorer.weights: {folder / name} does not exist; give a folder written by `rlrestore finetune`, "
+                "'packaged' for the weights that ship, or null for random ones"
+            )
+    return folder
+
+
+def _with_saved_architecture(config: EmbeddedConfig, folder: Path) -> EmbeddedConfig:
+    saved = json.loads((folder / "config.json").read_text())
+    if saved.pop("kind", None) != "embedded":
+        raise ValueError(f"restorer.weights: {folder} does not hold an embedded restorer")
+    known = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    return EmbeddedConfig(**{**asdict(config), **known})

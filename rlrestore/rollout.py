@@ -1,0 +1,52 @@
+"""Sampling chunks: condition once a task, sample its members, decode to 8-bit pixels."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from envs.types import Task
+from rlrestore.diffusion.sampling import Chain, sample
+from rlrestore.restorers.base import Condition, Restorer
+from rlrestore.types import Chunk, Images, Latents
+
+
+class Sampler:
+    """A restorer at work on tasks. Keeps the conditions of the tasks it has seen until `forget`."""
+
+    def __init__(self, restorer: Restorer):
+        self.restorer = restorer
+        self._conditions: dict[str, Condition] = {}
+
+    def condition(self, chunk: Chunk) -> Condition:
+        """B rows. Each LQ is encoded alone, so that the encoding does not depend on what it is batched with."""
+        counts = {group: sum(row.group == group for row in chunk.rows) for group in chunk.groups}
+        return Condition.cat([self._encode(chunk.tasks[group]).repeat(count) for group, count in counts.items()])
+
+    def sample(
+        self, chunk: Chunk, chain: Chain, net: nn.Module, version: int, weights_sha: str
+    ) -> tuple[Images, Latents]:
+        start = time.perf_counter()
+        condition = self.condition(chunk)
+        z_0, trajectory = sample(self.restorer, condition, [row.seed for row in chunk.rows], chain, net)
+        with torch.no_grad():
+            pixels = to_pixels(self.restorer.decode(z_0, condition))
+        images = Images(
+            chunk.index, pixels, float(z_0.mean()), float(z_0.square().mean().sqrt()), time.perf_counter() - start
+        )
+        return images, Latents(chunk.index, z_0, trajectory, version, weights_sha)
+
+    def forget(self) -> None:
+        self._conditions.clear()
+
+    def _encode(self, task: Task) -> Condition:
+        if task.id not in self._conditions:
+            self._conditions[task.id] = self.restorer.condition(task.lq[None])
+        return self._conditions[task.id]
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """[..., 3, H, W] float in [0, 1] -> uint8, rounded half to even as PNG writers do."""
+    return (images * 255).round().to(torch.uint8)

@@ -1,0 +1,151 @@
+"""The stages of an iteration between the env, the crew and the log: pure functions over the records of `types`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from envs.types import Task
+from rewards.base import Scores
+from rewards.rubric import Rubric, RubricScores
+from rlrestore.config import CreditConfig, SamplingConfig
+from rlrestore.credit import Credit, group_credit
+from rlrestore.crew import Scored, deal
+from rlrestore.diffusion.sampling import Chain
+from rlrestore.diffusion.schedules import time_schedule
+from rlrestore.seeds import derive_seed
+from rlrestore.types import Chunk, Row, UpdateReport, UpdateRequest, plan_updates
+
+
+def rollout_chain(config: SamplingConfig, seed: int, iteration: int, stochastic: bool) -> Chain:
+    """The chain of this iteration's rollouts; all samples share one window, drawn from (seed, iteration)."""
+    times = tuple(time_schedule(config.steps, config.shift).tolist())
+    if not stochastic or config.sampler == "ode":
+        return Chain(times)
+    low, high = config.window_range
+    starts = high - config.window - low + 1
+    start = low + derive_seed(seed, "window", iteration) % starts
+    return Chain(times, config.sampler, config.level, tuple(range(start, start + config.window)))
+
+
+def evaluation_chain(config: SamplingConfig) -> Chain:
+    """Always the ODE, on the times of training."""
+    return Chain(tuple(time_schedule(config.steps, config.shift).tolist()))
+
+
+def make_chunks(tasks: Sequence[Task], samples: int, batch: int, seed: int, *counters: int) -> list[Chunk]:
+    """K rollouts of each task in group-major order, cut every `batch` rows. Seeds depend on (seed, counters, task, member)."""
+    rows = [
+        Row(group, member, derive_seed(seed, "rollout", *counters, group, member))
+        for group in range(len(tasks))
+        for member in range(samples)
+    ]
+    cuts = [tuple(rows[start : start + batch]) for start in range(0, len(rows), batch)]
+    return [
+        Chunk(index, cut, {group: tasks[group] for group in dict.fromkeys(row.group for row in cut)})
+        for index, cut in enumerate(cuts)
+    ]
+
+
+def combine(scored: Sequence[Scored], rubric: Rubric) -> RubricScores:
+    """One table of all rows in order."""
+    return rubric.combine({name: Scores.cat([part.scores[name] for part in scored]) for name in rubric.names})
+
+
+def assign_credit(scores: RubricScores, config: CreditConfig, groups: int, seed: int, iteration: int) -> Credit:
+    """Advantages and weights. With `config.shuffle` (a control) rewards are first permuted inside each group."""
+    utility_RN, valid_RN = scores.utility_RN, scores.valid_RN
+    if config.shuffle:
+        order_N = _shuffle_inside_groups(utility_RN.shape[1], groups, derive_seed(seed, "shuffle", iteration))
+        utility_RN, valid_RN = utility_RN[:, order_N], valid_RN[:, order_N]
+        # who is masked is a fact of the rollout, not of its reward: a row that failed stays masked
+        valid_RN = valid_RN & scores.valid_RN
+    return group_credit(
+        utility_RN, scores.weight_R, valid_RN, scores.required_R, groups,
+        normalise=config.normalise, fuse=config.fuse, floor_R=scores.floor_R, clamp=config.clamp,
+        min_valid=config.min_valid or None, min_spread=config.min_spread,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def update_requests(
+    chunks: Sequence[Chunk], credit: Credit, ranks: int, micro_batch: int, updates: int, seed: int, iteration: int
+) -> list[UpdateRequest]:
+    """Each rank's chunks with their credit, and the sum of weights of every optimiser step over all ranks."""
+    sizes = [len(chunk.rows) for chunk in chunks]
+    advantages, weights = credit.advantage_N.split(sizes), credit.weight_N.split(sizes)
+    shares = deal(len(chunks), ranks)
+    totals = [0.0] * updates
+    for share in shares:
+        for update, micro in enumerate(plan_updates([sizes[i] for i in share], micro_batch, updates)):
+            totals[update] += sum(float(weights[share[position]][a:b].sum()) for position, a, b in micro)
+    return [
+        UpdateRequest(
+            iteration,
+            derive_seed(seed, "points", iteration),
+            tuple(chunks[i] for i in share),
+            tuple(advantages[i].clone() for i in share),
+            tuple(weights[i].clone() for i in share),
+            tuple(totals),
+        )
+        for share in shares
+    ]
+
+
+# -- what to log ---------------------------------------------------------------------------------------------------
+
+
+def reward_metrics(scores: RubricScores, groups: int) -> dict[str, float]:
+    """Raw value of every reward over its valid rows, its spread inside groups, its failures; and the mix."""
+    metrics: dict[str, float] = {}
+    for name, raw_N, valid_N in zip(scores.names, scores.raw_RN, scores.valid_RN, strict=True):
+        metrics |= _distribution(f"reward/{name}", raw_N[valid_N])
+        metrics[f"reward/failed_frac/{name}"] = 1 - float(valid_N.float().mean())
+        metrics |= _group_spread(f"group/std/{name}", raw_N, valid_N, groups)
+    metrics |= _distribution("reward/mix", scores.mix_N[scores.valid_N])
+    metrics["group/valid_frac"] = float(scores.valid_N.float().mean())
+    return metrics
+
+
+def policy_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:
+    """Means over all kept samples of all ranks, maxima, and the optimiser."""
+    metrics: dict[str, float] = {}
+    for name in reports[0].sums.keys() | {name for report in reports for name in report.sums}:
+        total = sum(report.sums[name][1] for report in reports if name in report.sums)
+        value = sum(report.sums[name][0] for report in reports if name in report.sums) / total
+        metrics["train/loss" if name == "loss" else f"policy/{name}"] = value
+    for name in {name for report in reports for name in report.maxima}:
+        metrics[f"policy/{name}"] = max(report.maxima.get(name, 0.0) for report in reports)
+    first = reports[0]
+    if first.grad_norms:
+        metrics["train/grad_norm"] = sum(first.grad_norms) / len(first.grad_norms)
+        metrics["train/lr"] = first.lr
+    metrics["train/skipped_steps"] = float(first.skipped_steps)
+    return dict(sorted(metrics.items()))
+
+
+def _distribution(tag: str, values: Tensor) -> dict[str, float]:
+    if len(values) == 0:
+        return {}
+    p10, p90 = values.quantile(torch.tensor([0.1, 0.9])).tolist()
+    return {
+        f"{tag}/mean": float(values.mean()), f"{tag}/std": float(values.std(correction=0)),
+        f"{tag}/p10": p10, f"{tag}/p90": p90,
+    }  # fmt: skip
+
+
+def _group_spread(tag: str, raw_N: Tensor, valid_N: Tensor, groups: int) -> dict[str, float]:
+    """Mean over groups of the population std of their valid members."""
+    spreads = [
+        raw[valid].std(correction=0)
+        for raw, valid in zip(raw_N.reshape(groups, -1), valid_N.reshape(groups, -1), strict=True)
+        if int(valid.sum()) >= 2
+    ]
+    return {tag: float(torch.stack(spreads).mean())} if spreads else {}
+
+
+def _shuffle_inside_groups(count: int, groups: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    size = count // groups
+    return torch.cat([group * size + torch.randperm(size, generator=generator) for group in range(groups)])
