@@ -64,7 +64,8 @@ class PhotoPool:
         # Photos much larger than the crops are kept at 1024 px (or 8 crops): more would only cost memory.
         self.long_edge_px = max(1024, 8 * size)
         self.size, self.recipe, self.prefix = size, recipe, prefix
-        kept, too_small = [], []
+        kept: list[Photo] = []
+        too_small: list[Photo] = []
         for photo in photos:
             (kept if self._kept_short_edge_px(photo) >= size else too_small).append(photo)
         self.photos, self.too_small = tuple(kept), tuple(too_small)

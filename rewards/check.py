@@ -80,9 +80,8 @@ def check_direction(reward: Reward, items: Sequence[Restoration]) -> None:
     task's picture ranks below the own one (the reference, or the LQ itself if no reference is needed).
     """
     tasks = [item.task for item in items]
-    good = [
-        Restoration(t, t.gt if reward.spec.block == "quality" or "gt" in reward.spec.needs else t.lq) for t in tasks
-    ]  # type: ignore[arg-type]
+    by_reference = reward.spec.block == "quality" or "gt" in reward.spec.needs
+    good = [Restoration(task, task.gt if by_reference and task.gt is not None else task.lq) for task in tasks]
     if reward.spec.block == "quality":
         probes = {
             "blurred": [replace(r, image=blurred(r)) for r in good],

@@ -105,6 +105,7 @@ class PyiqaReward(ImageReward):
     """One pyiqa metric; scored without gradients, one batch per image size."""
 
     params: PyiqaParams
+    chunk_pixels = 16 * 512 * 512  # networks, on a GPU where there is one
 
     @classmethod
     def spec_for(cls, params: PyiqaParams) -> RewardSpec:

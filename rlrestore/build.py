@@ -103,8 +103,16 @@ def _check_choices(config: TrainConfig) -> None:
 
 def _check_sampling(config: TrainConfig, algorithm: Algorithm) -> None:
     sampling, kind = config.sampling, config.algorithm.kind
+    coldest, hottest = sampling.temperature
+    if not 0 < coldest <= hottest:
+        raise ConfigError(f"sampling.temperature={[coldest, hottest]} must be two positive numbers, the smaller first")
     if not algorithm.needs.trajectory:
         return
+    if (coldest, hottest) != (1.0, 1.0):
+        raise ConfigError(
+            f"sampling.temperature={[coldest, hottest]}: algorithm.kind={kind} credits the recorded steps, which would be blamed for "
+            "the initial noise; set it to [1, 1], or use a forward-process method such as nft"
+        )
     if sampling.sampler == "ode":
         raise ConfigError(f"algorithm.kind={kind} needs stochastic steps and sampling.sampler=ode has none: set sampling.sampler=cps")
     low, high = sampling.window_range
@@ -183,6 +191,11 @@ def build_restorer(plugin: Plugin) -> Restorer:
     return _user_errors(lambda: restorer_class(plugin.config), "restorer")
 
 
+def best_device() -> torch.device:
+    """The GPU that this process was given (Ray hides the others), else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def build_algorithm(plugin: Plugin) -> Algorithm:
     _, algorithm_class = ALGORITHMS[plugin.kind]
     return _user_errors(lambda: algorithm_class(plugin.config), "algorithm")
@@ -212,6 +225,7 @@ class LearnerRecipe:
     warmup: int
     ema_cap: float
     max_staleness: int
+    trainable: tuple[str, ...]
 
     @staticmethod
     def of(config: TrainConfig) -> LearnerRecipe:
@@ -221,17 +235,18 @@ class LearnerRecipe:
             engine.partition_threshold,
         )  # fmt: skip
         return LearnerRecipe(
-            config.restorer, config.algorithm, engine.kind, options, engine.warmup, engine.ema, config.placement.max_staleness
-        )
+            config.restorer, config.algorithm, engine.kind, options, engine.warmup, engine.ema,
+            config.placement.max_staleness, engine.trainable,
+        )  # fmt: skip
 
     def build(self, rank: int = 0, world: int = 1) -> Learner:
         def make_engine(network: nn.Module) -> Engine:
             return build_engine(self.engine, network, self.options, rank, world)
 
         return Learner(
-            build_restorer(self.restorer), build_algorithm(self.algorithm), make_engine,
+            build_restorer(self.restorer).to(best_device()), build_algorithm(self.algorithm), make_engine,
             lr=self.options.lr, warmup=self.warmup, ema_cap=self.ema_cap,
-            micro_batch=self.options.micro_batch, max_staleness=self.max_staleness,
+            micro_batch=self.options.micro_batch, max_staleness=self.max_staleness, trainable=self.trainable,
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Exit codes: 0 done, 64 the input is wrong (one clear line), 69 a worker or packa
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -73,6 +74,8 @@ def restore(
 
 
 def main() -> None:
+    # Read when torch is imported. Threads that spin while they wait cost more than they save once processes share cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 

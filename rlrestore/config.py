@@ -50,6 +50,9 @@ class SamplingConfig:
     sampler: str = "cps"  # stochastic kernel inside the window: cps | flow_sde; ode for none at all
     level: float = 0.8  # a of the kernel; CPS arXiv 2509.05952
     window: int = 3  # stochastic (trained) steps of a rollout; the rest is ODE
+    # Scale of the initial noise, spread evenly over the members of a group. Below 1 they differ in how much they dare, which
+    # is exploration for forward-process methods; trajectory methods need (1, 1), evaluation always uses 1.
+    temperature: tuple[float, float] = (1.0, 1.0)
     window_range: tuple[int, int] = (0, 4)  # the window lies inside these step indices; its start is drawn per iteration
 
 
@@ -84,6 +87,7 @@ class EngineConfig:
     grad_clip: float = 1.0  # global norm; 0 for none
     micro_batch: int = 16  # samples of one forward and backward
     ema: float = 0.9  # cap of the evaluation EMA, decay min((1+n)/(10+n), cap)
+    trainable: tuple[str, ...] = ()  # regular expressions: only parameters whose name one of them matches; () is all
     partition_threshold: int = 100_000  # ZeRO-3 leaves parameters with fewer elements whole
 
 

@@ -17,16 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlrestore.algorithms.base import Algorithm, Batch, Loss, Point, Policies
+from rlrestore.algorithms.base import Algorithm, Batch, Loss, Policies
 from rlrestore.algorithms.objectives import ema_decay
 from rlrestore.checkpoint import load_tensors, read_json, save_tensors, write_json_atomic
 from rlrestore.diffusion.sampling import Chain
 from rlrestore.engine.base import Engine
 from rlrestore.lr import warmup_factor
-from rlrestore.optimiser import Ema
+from rlrestore.optimiser import Ema, select_trainable
 from rlrestore.restorers.base import Restorer
 from rlrestore.rollout import Sampler
-from rlrestore.seeds import derive_seed
 from rlrestore.types import Chunk, Images, Latents, ProbeReport, UpdateReport, UpdateRequest, plan_updates
 from rlrestore.weights import Published, publish
 
@@ -47,13 +46,17 @@ class Learner:
         ema_cap: float,
         micro_batch: int,
         max_staleness: int,
+        trainable: Sequence[str] = (),
     ):
         self.restorer, self.algorithm, self.sampler = restorer, algorithm, Sampler(restorer)
         self.lr, self.warmup, self.ema_cap = lr, warmup, ema_cap
         self.micro_batch, self.max_staleness = micro_batch, max_staleness
-        network = restorer.denoiser.requires_grad_(True)
-        # Copies are made before the engine may partition the network.
-        self.base = {name: value.detach().clone() for name, value in network.named_parameters()}
+        network = restorer.denoiser
+        names = set(select_trainable(network, trainable))
+        # Copies are made before the engine may partition the network. All dicts of weights hold the trainable ones only:
+        # the others are the same everywhere.
+        self.base = {name: value.detach().clone() for name, value in network.named_parameters() if name in names}
+        self.frozen = {name: value.detach().clone() for name, value in network.named_parameters() if name not in names}
         self.scratch = copy.deepcopy(network).requires_grad_(False)  # evaluation weights are swapped in here
         self.old = copy.deepcopy(network).requires_grad_(False) if algorithm.needs.old_policy else None
         self.reference = copy.deepcopy(network).requires_grad_(False) if algorithm.needs.reference else None
@@ -84,14 +87,12 @@ class Learner:
     @torch.no_grad()
     def load_scratch(self, which: str) -> None:
         """Collective."""
-        weights = self.weights(which)
-        for name, parameter in self.scratch.named_parameters():
-            parameter.copy_(weights[name])
+        _copy_into(self.scratch, self.weights(which))
 
     # -- weights -----------------------------------------------------------------------------------------------
 
     def weights(self, which: str) -> Mapping[str, Tensor]:
-        """Whole parameters, float32: base | current | ema | behaviour. Collective."""
+        """Trainable parameters, whole, float32: base | current | ema | behaviour. Collective."""
         if which == "base":
             return self.base
         if which == "ema":
@@ -126,16 +127,17 @@ class Learner:
         points = self.algorithm.points(chain, request.point_seed)
         plan = plan_updates([len(chunk.rows) for chunk in request.chunks], self.micro_batch, self.algorithm.updates)
         for micro_batches, total in zip(plan, request.totals, strict=True):
+            on_policy = not grad_norms  # no step since the rollout
             if total == 0:
                 skipped += 1
                 continue
             for position, first, last in micro_batches:
                 batch = self._batch(request, position, slice(first, last))
                 for point in points:
-                    loss = self._loss(batch, point, request.chunks[position].index, first)
+                    loss = self.algorithm.loss(self.policies, batch, point)
                     value = (loss.value_B * batch.weight_B).sum() / (total * len(points))
                     self.engine.backward(value)
-                    _add(sums, maxima, loss, batch.weight_B)
+                    _add(sums, maxima, loss, batch.weight_B, on_policy)
             lr = self.lr * warmup_factor(self.optimiser_steps, self.warmup)
             grad_norms.append(self.engine.step(lr))
             self.optimiser_steps += 1
@@ -150,17 +152,15 @@ class Learner:
     def _batch(self, request: UpdateRequest, position: int, rows: slice) -> Batch:
         chunk = request.chunks[position]
         latents = self.latents[chunk.index]
+        trajectory, device = latents.trajectory, self.restorer.device
         return Batch(
             self.sampler.condition(chunk).take(rows),
-            latents.z_0[rows],
-            None if latents.trajectory is None else latents.trajectory.take(rows),
-            request.advantages[position][rows],
-            request.weights[position][rows],
+            latents.z_0[rows].to(device),
+            None if trajectory is None else trajectory.take(rows).to(device),
+            request.advantages[position][rows].to(device),
+            request.weights[position][rows].to(device),
+            chunk.rows[rows],
         )
-
-    def _loss(self, batch: Batch, point: Point, chunk: int, first: int) -> Loss:
-        # noise of the forward process differs between micro-batches, and is the same whichever rank trains them
-        return self.algorithm.loss(self.policies, batch, replace(point, seed=derive_seed(point.seed, "rows", chunk, first)))
 
     @torch.no_grad()
     def _follow(self, moved: bool) -> None:
@@ -171,8 +171,7 @@ class Learner:
         self.ema.update(parameters, ema_decay(self.iteration - 1, self.ema_cap))
         if self.old is not None and self.old_shadow is not None:
             self.old_shadow.update(parameters, self.algorithm.old_decay(self.optimiser_steps))
-            for name, parameter in self.old.named_parameters():
-                parameter.copy_(self.old_shadow.shadow[name])
+            _copy_into(self.old, self.old_shadow.shadow)
 
     # -- measuring ---------------------------------------------------------------------------------------------
 
@@ -182,11 +181,10 @@ class Learner:
         condition = self.sampler.condition(chunk)
         latents = self.sampler.sample(chunk, chain, net, 0, "")[1]  # also warms up
         rows = slice(0, self.micro_batch)
-        ones = torch.ones(len(chunk.rows))
-        batch = Batch(
-            condition.take(rows), latents.z_0[rows], latents.trajectory and latents.trajectory.take(rows),
-            ones[rows], ones[rows],
-        )  # fmt: skip
+        device = self.restorer.device
+        ones = torch.ones(len(chunk.rows), device=device)
+        trajectory = latents.trajectory and latents.trajectory.take(rows).to(device)
+        batch = Batch(condition.take(rows), latents.z_0[rows].to(device), trajectory, ones[rows], ones[rows], chunk.rows[rows])
         policies = replace(self.policies, current=self.scratch.requires_grad_(True))
         points = self.algorithm.points(chain, 0)[:1]
         sample_s, train_s = [], []
@@ -226,12 +224,10 @@ class Learner:
         for name, value in base.items():
             self.base[name].copy_(value)
         if self.reference is not None:
-            for name, parameter in self.reference.named_parameters():
-                parameter.copy_(self.base[name])
+            _copy_into(self.reference, self.base)
         if self.old is not None and self.old_shadow is not None:
             self.old_shadow.load(load_tensors(folder / "old.safetensors"))
-            for name, parameter in self.old.named_parameters():
-                parameter.copy_(self.old_shadow.shadow[name])
+            _copy_into(self.old, self.old_shadow.shadow)
         counters = read_json(folder / "learner.json")
         self.iteration, self.optimiser_steps = counters["iteration"], counters["optimiser_steps"]
 
@@ -240,14 +236,21 @@ class Learner:
         weights = self.weights(which)
         if self.engine.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            self.restorer.save(folder, weights)
+            self.restorer.save(folder, {**self.frozen, **weights})
 
     def close(self) -> None:
         self.engine.close()
 
 
-def _add(sums: dict[str, list[float]], maxima: dict[str, float], loss: Loss, weight_B: Tensor) -> None:
-    """Add one micro-batch to the iteration's metrics, kept rows only."""
+@torch.no_grad()
+def _copy_into(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    parameters = dict(network.named_parameters())
+    for name, value in weights.items():
+        parameters[name].copy_(value)
+
+
+def _add(sums: dict[str, list[float]], maxima: dict[str, float], loss: Loss, weight_B: Tensor, on_policy: bool) -> None:
+    """Add one micro-batch to the iteration's metrics, kept rows only. NAME_on_policy is the maximum before the first step."""
     kept = weight_B > 0
     if not bool(kept.any()):
         return
@@ -255,4 +258,6 @@ def _add(sums: dict[str, list[float]], maxima: dict[str, float], loss: Loss, wei
         sums[name][0] += float((value_B * weight_B).sum())
         sums[name][1] += float(weight_B.sum())
     for name, value_B in loss.extremes.items():
-        maxima[name] = max(maxima.get(name, 0.0), float(value_B[kept].max()))
+        largest = float(value_B[kept].max())
+        for key in (name, f"{name}_on_policy") if on_policy else (name,):
+            maxima[key] = max(maxima.get(key, 0.0), largest)

@@ -58,6 +58,7 @@ def train(run: Run) -> dict[str, MetricRow]:
     config, crew = run.config, run.crew
     seed, groups = config.run.seed, config.rollout.groups
     clock = Clock(run.times, run.seconds_before)
+    print(f"evaluating the base on {run.evaluation.images} held-out images, then measuring speed", flush=True)
     base = run.evaluation.measure(crew, "base")
     _probe(run, clock)
     progress = tqdm(total=config.run.steps, initial=run.first, desc=config.run.name, unit="it", smoothing=0.1)
@@ -65,7 +66,9 @@ def train(run: Run) -> dict[str, MetricRow]:
         clock.start()
         tasks = run.env.draw(iteration, groups)
         chain = rollout_chain(config.sampling, seed, iteration, run.algorithm.needs.trajectory)
-        chunks = make_chunks(tasks, config.rollout.samples, config.rollout.batch, seed, iteration)
+        chunks = make_chunks(
+            tasks, config.rollout.samples, config.rollout.batch, seed, iteration, temperature=config.sampling.temperature
+        )
         rollouts = list(crew.roll_out(chunks, chain))
         scores = combine(rollouts, run.rubric)
         _spend_budget(run.budget, rollouts)
@@ -186,7 +189,7 @@ def result_json(
     """The contract of result.json: keep it stable, others read it."""
     rollout = run.config.rollout
     return {
-        "metrics": {name: {**dataclasses.asdict(row), "ci95": list(row.ci95)} for name, row in rows.items()},
+        "metrics": {name: _plain_row(row) for name, row in rows.items()},
         "images": run.config.run.steps * rollout.groups * rollout.samples,
         "wall_s": wall_s,
         "stages_s": stages_s,
@@ -194,3 +197,9 @@ def result_json(
         "versions": versions(),
         "seed": run.config.run.seed,
     }
+
+
+def _plain_row(row: MetricRow) -> dict[str, Any]:
+    """For JSON, which has no NaN: what could not be measured (n = 0) is null."""
+    plain = {**dataclasses.asdict(row), "ci95": list(row.ci95)}
+    return {**plain, "base": None, "tuned": None, "delta": None, "ci95": [None, None]} if row.n == 0 else plain

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+def select_trainable(network: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Set requires_grad by name (`re.search`, any of the patterns; none means all) and return the trainable names.
+
+    ValueError if a pattern matches nothing.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(f"engine.trainable: no parameter matches {pattern!r}; names look like {names[0]} and {names[-1]}")
+    chosen = [name for name in names if not patterns or any(re.search(pattern, name) for pattern in patterns)]
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in set(chosen))
+    return chosen
+
 
 STATES = ("exp_avg", "exp_avg_sq", "step")
 
@@ -36,7 +52,9 @@ def load_optimiser_tensors(
         return
     for parameter, name in names.items():
         if f"{name}/step" in tensors:  # a parameter that never had a gradient has no state
-            optimiser.state[parameter] = {key: tensors[f"{name}/{key}"].clone() for key in STATES}
+            optimiser.state[parameter] = {
+                key: tensors[f"{name}/{key}"].clone().to(parameter.device if key != "step" else "cpu") for key in STATES
+            }
 
 
 class Ema:

@@ -30,20 +30,21 @@ class Sampler:
     ) -> tuple[Images, Latents]:
         start = time.perf_counter()
         condition = self.condition(chunk)
-        z_0, trajectory = sample(self.restorer, condition, [row.seed for row in chunk.rows], chain, net)
+        seeds, temperatures = [row.seed for row in chunk.rows], [row.temperature for row in chunk.rows]
+        z_0, trajectory = sample(self.restorer, condition, seeds, chain, net, temperatures)
         with torch.no_grad():
-            pixels = to_pixels(self.restorer.decode(z_0, condition))
+            pixels = to_pixels(self.restorer.decode(z_0, condition)).cpu()
         images = Images(
             chunk.index, pixels, float(z_0.mean()), float(z_0.square().mean().sqrt()), time.perf_counter() - start
         )
-        return images, Latents(chunk.index, z_0, trajectory, version, weights_sha)
+        return images, Latents(chunk.index, z_0.cpu(), trajectory and trajectory.to("cpu"), version, weights_sha)
 
     def forget(self) -> None:
         self._conditions.clear()
 
     def _encode(self, task: Task) -> Condition:
         if task.id not in self._conditions:
-            self._conditions[task.id] = self.restorer.condition(task.lq[None])
+            self._conditions[task.id] = self.restorer.condition(task.lq[None].to(self.restorer.device))
         return self._conditions[task.id]
 
 

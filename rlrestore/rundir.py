@@ -17,7 +17,15 @@ from typing import Any
 
 import yaml
 
-from rlrestore.checkpoint import CheckpointError, find_latest, read_json, remove_stale, verify, write_json_atomic
+from rlrestore.checkpoint import (
+    CheckpointError,
+    find_latest,
+    read_json,
+    remove_stale,
+    set_aside,
+    verify,
+    write_json_atomic,
+)
 from rlrestore.config import ConfigError, RunConfig, dump, plain
 
 # Keys that may differ between a run and its continuation: they change no arithmetic of the iterations.
@@ -70,8 +78,8 @@ def open_run(run: RunConfig, config: Any) -> RunDir:
         raise ConfigError(f"run.name '{run.name}' must be a plain folder name, such as 'quickstart'")
     if run.resume not in ("auto", "never") and not Path(run.resume).is_dir():
         raise ConfigError(f"run.resume is '{run.resume}': choose auto, never or a checkpoint folder that exists")
-    created = not path.exists()
     try:
+        created = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a")
     except OSError as error:
@@ -79,7 +87,19 @@ def open_run(run: RunConfig, config: Any) -> RunDir:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        lock.close()
         raise ConfigError(f"{path} is in use by another process; wait for it, or choose another run.name") from error
+    opened = RunDir(path, None, lock, created)
+    try:
+        opened.resume_from = _start_or_resume(run, config, path, created)
+    except BaseException:
+        opened.discard_if_empty()
+        raise
+    return opened
+
+
+def _start_or_resume(run: RunConfig, config: Any, path: Path, created: bool) -> Path | None:
+    """Bring the locked folder into the state that the run starts from; the checkpoint to resume, or None."""
     if run.resume == "never" and not created and any(entry.name != ".lock" for entry in path.iterdir()):
         if not run.overwrite:
             raise ConfigError(f"{path} exists and run.resume=never; add run.overwrite=true to replace it, or choose another run.name")
@@ -90,7 +110,8 @@ def open_run(run: RunConfig, config: Any) -> RunDir:
         _clear(path)  # a run that died before its first checkpoint: nothing in it can be continued
     if folder is not None:
         _refuse_changes(path / "config.resolved.yaml", config)
-    return RunDir(path, folder, lock, created)
+        set_aside(path, int(folder.name.removeprefix("step_")))  # damaged or abandoned later ones never win over new ones
+    return folder
 
 
 def _checkpoint_to_resume(run: RunConfig, path: Path) -> Path | None:
@@ -105,6 +126,11 @@ def _checkpoint_to_resume(run: RunConfig, path: Path) -> Path | None:
     folder, rejected = find_latest(path)
     for candidate in rejected:
         print(f"checkpoint {candidate.path.name} is not used: {candidate.reason}", file=sys.stderr)
+    if rejected and folder is None:
+        raise ConfigError(
+            f"no checkpoint of {path} can be used ({rejected[0].reason}); start anew with run.resume=never run.overwrite=true, "
+            "or choose another run.name"
+        )
     return folder
 
 

@@ -35,10 +35,19 @@ def evaluation_chain(config: SamplingConfig) -> Chain:
     return Chain(tuple(time_schedule(config.steps, config.shift).tolist()))
 
 
-def make_chunks(tasks: Sequence[Task], samples: int, batch: int, seed: int, *counters: int) -> list[Chunk]:
+def make_chunks(
+    tasks: Sequence[Task],
+    samples: int,
+    batch: int,
+    seed: int,
+    *counters: int,
+    temperature: tuple[float, float] = (1.0, 1.0),
+) -> list[Chunk]:
     """K rollouts of each task in group-major order, cut every `batch` rows. Seeds depend on (seed, counters, task, member)."""
+    low, high = temperature
+    heat = [low + (high - low) * member / max(1, samples - 1) for member in range(samples)]
     rows = [
-        Row(group, member, derive_seed(seed, "rollout", *counters, group, member))
+        Row(group, member, derive_seed(seed, "rollout", *counters, group, member), heat[member])
         for group in range(len(tasks))
         for member in range(samples)
     ]

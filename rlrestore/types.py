@@ -22,6 +22,7 @@ class Row:
     group: int  # index of the task in its iteration
     member: int  # 0..K-1
     seed: int  # of all of its noise
+    temperature: float = 1.0  # scale of its initial noise
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -23,21 +24,24 @@ class Published:
 
 
 def publish(tensors: Mapping[str, Tensor], version: int) -> Published:
-    blob = save({name: tensors[name].contiguous() for name in sorted(tensors)})
+    blob = save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
     return Published(version, hashlib.sha256(blob).hexdigest(), blob)
 
 
 @torch.no_grad()
-def receive(published: Published, network: nn.Module, current_version: int) -> None:
-    """Load into `network` after all checks; on SyncError the network is untouched."""
+def receive(published: Published, network: nn.Module, names: Collection[str], current_version: int) -> None:
+    """Load the parameters `names` into `network` after all checks; on SyncError the network is untouched."""
     digest = hashlib.sha256(published.blob).hexdigest()
     if digest != published.sha256:
         raise SyncError(f"weights version {published.version} have sha256 {digest[:16]}, expected {published.sha256[:16]}")
     if published.version < current_version:
         raise SyncError(f"weights version {published.version} are older than version {current_version} already in use")
-    tensors = load(published.blob)
+    try:
+        tensors = load(published.blob)
+    except SafetensorError as error:
+        raise SyncError(f"weights version {published.version} are not safetensors: {error}") from error
     own = dict(network.named_parameters())
-    unknown, absent = tensors.keys() - own.keys(), own.keys() - tensors.keys()
+    unknown, absent = tensors.keys() - set(names), set(names) - tensors.keys()
     if unknown or absent:
         raise SyncError(f"weights do not fit this network: unknown {sorted(unknown)[:3]}, missing {sorted(absent)[:3]}")
     for name, value in tensors.items():

@@ -1,6 +1,6 @@
 """Fit the two no-reference quality models of `rewards/data` on a folder of clean photographs.
 
-    PYTHONPATH=. python scripts/fit_niqe.py data/photos            # about 10 minutes on one core
+    PYTHONPATH=. python scripts/fit_niqe.py data/photos            # 15 minutes on one core
 
 Writes `niqe_pristine.safetensors` (mean and covariance of NIQE's 36 features over sharp patches of half-size crops),
 `nss.safetensors` (a small network on 108 statistics, see below) and `natural_models.json` (sources, numbers, measured
@@ -12,8 +12,8 @@ which is 0 for the crop itself:
 
     label = sqrt( mean over full, half and quarter size of (1 - mean gradient magnitude similarity) )
 
-The network learns to order the versions of one crop (a label gap decides the pair) and to give their label differences,
-from statistics of one picture alone. Accuracy is measured on the photographs of the scikit-image and scikit-learn
+Four networks, of which nss is the mean, learn to order the versions of one crop (a label gap decides the pair) and to give their label
+differences, from statistics of one picture alone. Accuracy is measured on the photographs of the scikit-image and scikit-learn
 wheels that no part of the project trains on (astronaut, chelsea, coffee, china), and also on data/photos_heldout where
 it exists.
 """
@@ -261,7 +261,7 @@ def pair_loss(score_NV: Tensor, label_NV: Tensor, gap: float = 0.02) -> Tensor:
 
 
 def fit_nss(statistics: Tensor, labels: Tensor, steps: int, seed: int) -> dict[str, Tensor]:
-    """Train the 108-32-16-1 network (AdamW, one cycle, feature noise and dropout against content).
+    """Train one 108-32-16-1 network (AdamW, one cycle, feature noise and dropout against content).
 
     Scores in units of 0.1 label.
     """
@@ -279,7 +279,7 @@ def fit_nss(statistics: Tensor, labels: Tensor, steps: int, seed: int) -> dict[s
         rows = torch.randint(0, len(statistics), (32,))
         x = statistics[rows]
         x = x + 0.05 * w["std"] * torch.randn_like(x)
-        x = torch.where(torch.rand_like(x) < 0.1, w["mean"], x)  # a statistic less: no single one may decide
+        x = torch.where(torch.rand_like(x) < 0.03, w["mean"], x)  # a statistic less: no single one may decide
         score = mlp(x.flatten(0, 1), {**w, **net}).view(rows.numel(), -1)
         loss = pair_loss(score, labels[rows])
         optimizer.zero_grad()
@@ -289,6 +289,20 @@ def fit_nss(statistics: Tensor, labels: Tensor, steps: int, seed: int) -> dict[s
     out = {**w, **{k: v.detach() for k, v in net.items()}}
     out["w3"], out["b3"] = out["w3"] * 10, out["b3"] * 10
     return {k: v.contiguous() for k, v in out.items()}
+
+
+def averaged(members: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One network that gives the mean of several: hidden layers side by side, blocks between them."""
+    return {
+        "mean": members[0]["mean"],
+        "std": members[0]["std"],
+        "w1": torch.cat([w["w1"] for w in members]),
+        "b1": torch.cat([w["b1"] for w in members]),
+        "w2": torch.block_diag(*[w["w2"] for w in members]),
+        "b2": torch.cat([w["b2"] for w in members]),
+        "w3": torch.cat([w["w3"] for w in members], dim=1) / len(members),
+        "b3": torch.stack([w["b3"] for w in members]).mean(0),
+    }
 
 
 # --- accuracy
@@ -361,6 +375,7 @@ def main() -> None:
     parser.add_argument("--crops", type=int, default=3, help="crops a photo at full and again at half size")
     parser.add_argument("--versions", type=int, default=20, help="distorted versions a crop")
     parser.add_argument("--steps", type=int, default=4000, help="training steps of nss")
+    parser.add_argument("--members", type=int, default=4, help="networks whose mean is nss")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -368,8 +383,8 @@ def main() -> None:
     if not paths:
         raise SystemExit(f"{arguments.photos} holds no photographs; fetch some with scripts/fetch_photos.py")
 
-    if arguments.crops < 1 or arguments.versions < 1:
-        raise SystemExit("--crops and --versions must be at least 1")
+    if min(arguments.crops, arguments.versions, arguments.members) < 1:
+        raise SystemExit("--crops, --versions and --members must be at least 1")
     train, halves = [], []
     for index, path in enumerate(paths):  # one photo in memory at a time
         picture = photo(path)
@@ -379,7 +394,8 @@ def main() -> None:
     clean = torch.cat([*train, *halves])
     pristine = fit_pristine(torch.cat(halves))
     statistics, labels = distorted(clean, arguments.versions, arguments.seed)
-    nss = fit_nss(statistics, labels, arguments.steps, arguments.seed)
+    # several small networks agree on the photo and differ on tricks: their mean is harder to please
+    nss = averaged([fit_nss(statistics, labels, arguments.steps, arguments.seed + k) for k in range(arguments.members)])
 
     held = {"wheels": sampled(wheel_photos(), 12, 8, 1)}
     others = arguments.photos.parent / "photos_heldout"
@@ -391,6 +407,7 @@ def main() -> None:
         "crops": len(clean),
         "versions": arguments.versions,
         "steps": arguments.steps,
+        "members": arguments.members,
         "seed": arguments.seed,
         "patches_niqe": int(pristine["patches"]),
         "torch": torch.__version__,

@@ -37,7 +37,7 @@ def start_ray(config: RayConfig, cpus_needed: float) -> None:
             object_store_memory=config.object_store_mb * 2**20,
             **common,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones, e.g. when its node does not start within 30 s
         where = config.address or "this machine"
         raise ClusterError(f"Ray cannot be {'joined' if config.address else 'started'} at {where}: {error}") from error
 
@@ -98,12 +98,33 @@ def fetch(refs: Any, timeout_s: float, what: str) -> Any:
     except GetTimeoutError as error:
         raise WorkerLostError(f"{what} did not finish within {timeout_s:g} s (placement.stage_timeout_s)") from error
     except RayActorError as error:
-        raise WorkerLostError(f"a worker died during {what}: {str(error).splitlines()[0]}") from error
+        raise _lost(error, what) from error
     except RayTaskError as error:
+        if death := _death_among(refs):  # a peer's error is only the echo of it, e.g. a connection that was reset
+            raise _lost(death, what) from error
         cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else None
         if cause is None:
             raise
         raise cause from error
+
+
+def _lost(error: RayActorError, what: str) -> WorkerLostError:
+    text = str(error).strip().splitlines()[0]
+    return WorkerLostError(f"a worker died during {what}: {text} The same command resumes from the last checkpoint")
+
+
+def _death_among(refs: Any, patience_s: float = 10.0) -> RayActorError | None:
+    """The death of an actor that one of `refs` was awaited from, if any is known soon."""
+    refs = refs if isinstance(refs, list) else [refs]
+    done, _ = ray.wait(refs, num_returns=len(refs), timeout=patience_s)
+    for ref in done:
+        try:
+            ray.get(ref)
+        except RayActorError as error:
+            return error
+        except Exception:  # noqa: S112  (the caller has it)
+            continue
+    return None
 
 
 def _short(resources: dict[str, float]) -> dict[str, float]:

@@ -48,6 +48,7 @@ class RayCrew(Crew):
         self.limit_s = placement.stage_timeout_s
         self.version = 0
         self.latents: dict[int, Any] = {}  # chunk -> ref, of `separate`
+        self.owns_ray = not ray.is_initialized()  # who started Ray ends it
         start_ray(ray_config, sum(bundle["CPU"] for bundle in bundle_list(placement)))
         self.group = reserve(placement)
         try:
@@ -69,13 +70,13 @@ class RayCrew(Crew):
         first_reward = world + len(self.rollouts)
         self.rewards = RewardPool(
             lambda index: spawn(RewardWorker, self.group, first_reward + index, placement.reward_cpus, 0.0),
-            placement.reward_workers, terms, threads=1,
+            placement.reward_workers, terms, 1, start_s,
         )  # fmt: skip
         address, port = fetch(self.trainers[0].address.remote(), start_s, "the start of trainer rank 0")
         starting = [
             trainer.setup.remote(recipe, rank, world, address, port, threads, self.limit_s)
             for rank, trainer in enumerate(self.trainers)
-        ] + [rollout.setup.remote(recipe.restorer, threads) for rollout in self.rollouts]
+        ] + [rollout.setup.remote(recipe.restorer, recipe.trainable, threads) for rollout in self.rollouts]
         fetch(starting, start_s, "the start of trainers and rollout workers (placement.start_timeout_s)")
         fetch(self.rewards.ready, start_s, "the start of reward workers (placement.start_timeout_s)")
         self.publish()
@@ -183,7 +184,8 @@ class RayCrew(Crew):
             ray.get([trainer.close.remote() for trainer in getattr(self, "trainers", [])], timeout=10)
         with contextlib.suppress(Exception):
             remove_placement_group(self.group)
-        ray.shutdown()
+        if self.owns_ray:
+            ray.shutdown()
 
 
 def _round_robin(shares: Sequence[range]) -> list[int]:

@@ -33,8 +33,9 @@ class _Job:
 
 
 class RewardPool:
-    def __init__(self, spawn: Callable[[int], Any], workers: int, terms: Mapping[str, TermConfig], threads: int):
+    def __init__(self, spawn: Callable[[int], Any], workers: int, terms: Mapping[str, TermConfig], threads: int, start_s: float):
         self.spawn, self.terms, self.threads = spawn, dict(terms), threads
+        self.start_s = start_s  # a replaced worker has to start before it scores
         self.workers = [spawn(index) for index in range(workers)]
         self.ready = [worker.setup.remote(self.terms, threads) for worker in self.workers]
         self.jobs: dict[int, _Job] = {}
@@ -51,7 +52,7 @@ class RewardPool:
         job = self.jobs[key]
         # what may be queued before it on its worker, each term within its own limit
         ahead = sum(other.worker == job.worker for other in self.jobs.values())
-        limit_s = 60.0 + ahead * sum(self.terms[name].timeout_s for name in job.names)
+        limit_s = self.start_s + ahead * sum(self.terms[name].timeout_s for name in job.names)
         while True:
             try:
                 scores, abandoned = ray.get(job.ref, timeout=limit_s)

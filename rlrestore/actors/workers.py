@@ -81,21 +81,25 @@ class TrainerWorker:
 class RolloutWorker:
     """A restorer with a copy of the weights. It refuses to serve a version that it does not hold."""
 
-    def setup(self, restorer: Any, threads: int) -> None:
+    def setup(self, restorer: Any, trainable: Sequence[str], threads: int) -> None:
         _quiet_threads(threads)
-        from rlrestore.build import build_restorer
+        from rlrestore.build import best_device, build_restorer
+        from rlrestore.optimiser import select_trainable
         from rlrestore.rollout import Sampler
 
-        self.sampler = Sampler(build_restorer(restorer))
-        self.network = self.sampler.restorer.denoiser.requires_grad_(False)
+        self.sampler = Sampler(build_restorer(restorer).to(best_device()))
+        self.network = self.sampler.restorer.denoiser
+        self.names = select_trainable(self.network, trainable)
+        self.network.requires_grad_(False)
         self.version, self.weights_sha = -1, ""
 
     def receive(self, published: Published) -> tuple[int, str]:
         """Load weights after checking them; returns the version and the sha256 of what is now in the network."""
         from rlrestore.weights import publish, receive
 
-        receive(published, self.network, self.version)
-        held = publish(dict(self.network.named_parameters()), published.version)
+        receive(published, self.network, self.names, self.version)
+        parameters = dict(self.network.named_parameters())
+        held = publish({name: parameters[name] for name in self.names}, published.version)
         self.version, self.weights_sha = published.version, held.sha256
         self.sampler.forget()
         return self.version, self.weights_sha

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rlrestore.diffusion.sampling import Chain, Trajectory
 from rlrestore.restorers.base import Condition, Restorer
+from rlrestore.types import Row
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Batch:
     trajectory: Trajectory | None  # B rows
     advantage_B: Tensor  # [B] float32
     weight_B: Tensor  # [B] float32, 0 for rows without credit
+    rows_B: tuple[Row, ...]  # which group and member each row is
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from rlrestore.algorithms.base import Algorithm, Batch, Loss, Needs, Point, Policies
-from rlrestore.algorithms.objectives import clip_fractions, ppo_clip_loss_N
-from rlrestore.diffusion.kernels import gaussian_kl_mean, log_ratio_mean
+from rlrestore.algorithms.objectives import clip_flags_N, ppo_clip_loss_N
+from rlrestore.diffusion.kernels import gaussian_kl_mean, gaussian_logp_mean, log_ratio_mean
 from rlrestore.diffusion.sampling import Chain, replay_step
 
 CLIP_LATENT_SIZE = 65536  # latent elements that `clip_range` is stated for: SD3 at 512 px
@@ -45,20 +45,25 @@ class Grpo(Algorithm):
         log_ratio = log_ratio_mean(gaussian.mean, mean_old, trajectory.z_next_NS[:, point.position], gaussian.std)
         clip = self.config.clip_range * math.sqrt(CLIP_LATENT_SIZE / gaussian.mean[0].numel())
         loss = ppo_clip_loss_N(log_ratio, batch.advantage_B, clip, clip)
-        # of one row each: fractions are averaged with the same weights as everything else
-        rows = [clip_fractions(log_ratio[i : i + 1], batch.advantage_B[i : i + 1], clip, clip) for i in range(len(loss))]
+        flags = clip_flags_N(log_ratio, batch.advantage_B, clip, clip)
         metrics = {
             "ratio_mean": log_ratio.detach().exp(),
             "kl_old": gaussian_kl_mean(gaussian.mean.detach(), mean_old, gaussian.std),
-            "clip_frac_high": torch.stack([row.high for row in rows]),
-            "clip_frac_low": torch.stack([row.low for row in rows]),
-            "clip_frac_blocked": torch.stack([row.blocked for row in rows]),
+            "clip_frac_high": flags.high_N,
+            "clip_frac_low": flags.low_N,
+            "clip_frac_blocked": flags.blocked_N,
         }
         if self.config.kl_beta > 0:
             z_t = trajectory.z_NS[:, point.position]
-            v_reference = policies.reference_velocity(z_t, torch.full((len(z_t),), point.t), batch.condition)
+            t_B = torch.full((len(z_t),), point.t, device=z_t.device)
+            v_reference = policies.reference_velocity(z_t, t_B, batch.condition)
             reference = trajectory.chain.step(z_t, v_reference, trajectory.chain.window[point.position])
             kl = gaussian_kl_mean(gaussian.mean, reference.mean, gaussian.std)
             loss = loss + self.config.kl_beta * kl
             metrics["kl_reference"] = kl.detach()
-        return Loss(loss, metrics, {"ratio_deviation_max": torch.expm1(log_ratio.detach()).abs()})
+        logp = gaussian_logp_mean(trajectory.z_next_NS[:, point.position], gaussian.mean.detach(), gaussian.std)
+        extremes = {
+            "ratio_deviation_max": torch.expm1(log_ratio.detach()).abs(),
+            "logp_deviation_max": (logp - trajectory.logp_NS[:, point.position]).abs(),
+        }
+        return Loss(loss, metrics, extremes)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rlrestore.algorithms.base import Algorithm, Batch, Loss, Needs, Point, Policies
 from rlrestore.algorithms.objectives import nft_loss_N, nft_old_decay, velocity_mse_N
-from rlrestore.diffusion.sampling import Chain
+from rlrestore.diffusion.sampling import Chain, seeded_noise
 from rlrestore.seeds import derive_seed
 
 
@@ -25,6 +26,9 @@ class NftConfig:
     old_decay: int = 1  # 0 hard copy | 1 ramp to 0.5 by 0.001 a step | 2 delayed ramp to 0.999
     times: int = 4  # points of the forward process a sample is trained at, stratified over [t_min, 1]
     t_min: float = 0.1  # at lower times a sample mostly teaches its own artefacts
+    # One eps for all members of a group at a time: advantages sum to 0, so what it adds to every member cancels (as DGPO,
+    # arXiv 2510.08425, does; the paper draws one for each).
+    shared_noise: bool = False
     adaptive: bool = True  # the paper's self-normalising weights
     updates: int = 1  # optimiser steps an iteration
 
@@ -43,9 +47,8 @@ class Nft(Algorithm):
         return [Point(float(t.float()), -1, derive_seed(seed, "nft-point", index)) for index, t in enumerate(times)]
 
     def loss(self, policies: Policies, batch: Batch, point: Point) -> Loss:
-        generator = torch.Generator().manual_seed(point.seed)
-        eps = torch.randn(batch.z_0.shape, generator=generator)
-        t_B = torch.full((len(eps),), point.t)
+        eps = self._noise(batch, point)
+        t_B = torch.full((len(eps),), point.t, device=eps.device)
         z_t = (1 - point.t) * batch.z_0 + point.t * eps
         v_old = policies.old_velocity(z_t, t_B, batch.condition)
         v = policies.velocity(z_t, t_B, batch.condition)
@@ -60,6 +63,14 @@ class Nft(Algorithm):
             loss = loss + self.config.reference_beta * deviation
             metrics["reference_deviate"] = deviation.detach()
         return Loss(loss, metrics, {})
+
+    def _noise(self, batch: Batch, point: Point) -> Tensor:
+        """[B, *latent], a function of the point and of each row, whichever rank and micro-batch it is in."""
+        seeds = [
+            derive_seed(point.seed, "eps", row.group, *(() if self.config.shared_noise else (row.member,)))
+            for row in batch.rows_B
+        ]
+        return seeded_noise(seeds, tuple(batch.z_0.shape[1:]))[0].to(batch.z_0.device)
 
     def old_decay(self, optimiser_steps: int) -> float:
         return nft_old_decay(self.config.old_decay, optimiser_steps)

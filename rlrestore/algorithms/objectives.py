@@ -13,12 +13,12 @@ from torch import Tensor
 ADVANTAGE_MAX = 5.0  # NFT maps [-5, 5] to a probability, so it needs the bound even if the credit used another clamp
 
 
-class ClipFractions(NamedTuple):
-    """Shares of samples, 0-d tensors in [0, 1]."""
+class ClipFlags(NamedTuple):
+    """What the clip did to each sample, [N] float32 of 0 and 1: their means are the clip fractions."""
 
-    high: Tensor  # ratio > 1 + clip_hi
-    low: Tensor  # ratio < 1 - clip_lo
-    blocked: Tensor  # the clip takes the gradient away: high with A > 0, or low with A < 0
+    high_N: Tensor  # ratio > 1 + clip_hi
+    low_N: Tensor  # ratio < 1 - clip_lo
+    blocked_N: Tensor  # the clip takes the gradient away: high with A > 0, or low with A < 0
 
 
 def ppo_clip_loss_N(log_ratio_N: Tensor, advantage_N: Tensor, clip_lo: float, clip_hi: float) -> Tensor:
@@ -33,16 +33,11 @@ def ppo_clip_loss_N(log_ratio_N: Tensor, advantage_N: Tensor, clip_lo: float, cl
 
 
 @torch.no_grad()
-def clip_fractions(
-    log_ratio_N: Tensor, advantage_N: Tensor, clip_lo: float, clip_hi: float, weight_N: Tensor | None = None
-) -> ClipFractions:
-    """What the clip did, as shares of the samples with weight > 0 (all of them without `weight_N`)."""
+def clip_flags_N(log_ratio_N: Tensor, advantage_N: Tensor, clip_lo: float, clip_hi: float) -> ClipFlags:
     excess = torch.expm1(log_ratio_N)
-    kept = torch.ones_like(excess, dtype=torch.bool) if weight_N is None else weight_N > 0
     high, low = excess > clip_hi, excess < -clip_lo
     blocked = (high & (advantage_N > 0)) | (low & (advantage_N < 0))
-    count = kept.sum().clamp_min(1)
-    return ClipFractions(*((flag & kept).sum() / count for flag in (high, low, blocked)))
+    return ClipFlags(high.float(), low.float(), blocked.float())
 
 
 def nft_loss_N(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rlrestore.build import build_run, check_parts, load_train_config
 from rlrestore.evaluate import MetricRow, table
@@ -53,8 +54,15 @@ def _print_table(run: Run, rows: dict[str, MetricRow]) -> None:
 
 def _print_saved(folder: RunDir) -> None:
     metrics = json.loads((folder.path / "result.json").read_text())["metrics"]
-    print("\n" + table({name: MetricRow(**{**row, "ci95": tuple(row["ci95"])}) for name, row in metrics.items()}))
+    print("\n" + table({name: _saved_row(row) for name, row in metrics.items()}))
     _print_paths(folder)
+
+
+def _saved_row(row: dict[str, Any]) -> MetricRow:
+    """The inverse of what result.json holds, where null is what could not be measured."""
+    values = {key: float("nan") if row[key] is None else row[key] for key in ("base", "tuned", "delta")}
+    low, high = (float("nan") if edge is None else edge for edge in row["ci95"])
+    return MetricRow(**{**row, **values, "ci95": (low, high)})
 
 
 def _print_paths(folder: RunDir) -> None:

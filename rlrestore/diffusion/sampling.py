@@ -7,7 +7,7 @@ The last step and all steps outside the window are deterministic; a trajectory h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,15 @@ class Trajectory:
     logp_NS: Tensor  # [N, S] float32 nats a latent element, under the behaviour policy
 
     def take(self, rows: slice | Tensor) -> Trajectory:
-        return Trajectory(self.chain, self.z_NS[rows], self.z_next_NS[rows], self.mean_NS[rows], self.logp_NS[rows])
+        return self._map(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device | str) -> Trajectory:
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Trajectory:
+        return Trajectory(
+            self.chain, function(self.z_NS), function(self.z_next_NS), function(self.mean_NS), function(self.logp_NS)
+        )
 
 
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> tuple[Tensor, list[torch.Generator]]:
@@ -55,21 +63,30 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> tuple[Tensor, 
 
 @torch.no_grad()
 def sample(
-    restorer: Restorer, condition: Condition, seeds: Sequence[int], chain: Chain, net: nn.Module | None = None
+    restorer: Restorer,
+    condition: Condition,
+    seeds: Sequence[int],
+    chain: Chain,
+    net: nn.Module | None = None,
+    temperatures: Sequence[float] | None = None,
 ) -> tuple[Tensor, Trajectory | None]:
     """Integrate from noise: z_0 [N, *latent] float32, and the trajectory if the chain has a window.
 
-    `condition` has N rows, one a seed. Costs len(times) - 1 network evaluations.
+    `condition` has N rows, one a seed; `temperatures` scale the initial noise of each. Costs len(times) - 1 network evaluations.
     """
-    z, generators = seeded_noise(seeds, restorer.latent_shape(condition))
+    device = restorer.device
+    noise, generators = seeded_noise(seeds, restorer.latent_shape(condition))  # on the CPU: the same on every machine
+    if temperatures is not None:
+        noise = noise * torch.tensor(temperatures, dtype=torch.float32).view(-1, *[1] * (noise.ndim - 1))
+    z = noise.to(device)
     before, after, means, logps = [], [], [], []
     for index in range(len(chain.times) - 1):
         t = chain.times[index]
-        v = restorer.velocity(z, torch.full((len(seeds),), t), condition, net)
+        v = restorer.velocity(z, torch.full((len(seeds),), t, device=device), condition, net)
         if index in chain.window:
             gaussian = chain.step(z, v, index)
             assert trainable(gaussian.std), "build.py refuses windows that reach a step without noise"
-            eps = torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in generators])
+            eps = torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in generators]).to(device)
             z_next = gaussian.mean + gaussian.std * eps
             before.append(z)
             after.append(z_next)
@@ -89,7 +106,8 @@ def replay_step(
     """The Gaussian that `net` gives to recorded step `position` (0..S-1); gradients flow through its mean."""
     index = trajectory.chain.window[position]
     z_t = trajectory.z_NS[:, position]
-    v = restorer.velocity(z_t, torch.full((len(z_t),), trajectory.chain.times[index]), condition, net)
+    t_B = torch.full((len(z_t),), trajectory.chain.times[index], device=z_t.device)
+    v = restorer.velocity(z_t, t_B, condition, net)
     return trajectory.chain.step(z_t, v, index)
 
 

@@ -62,6 +62,14 @@ class Restorer(ABC):
     denoiser: nn.Module
     multiple: int  # photo sides are padded to a multiple of this inside `condition`
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self:
+        """Move all networks; what is passed in must then be on that device, results are on it."""
+
     @abstractmethod
     def condition(self, lq_BCHW: Tensor) -> Condition:
         """LQ photos [B, 3, H, W] in [0, 1] -> what the denoiser needs of them. No gradient."""
@@ -97,7 +105,7 @@ class Restorer(ABC):
     def flow_matching_error(
         self, z_0: Tensor, condition: Condition, t_B: Tensor, generator: torch.Generator
     ) -> Tensor:
-        eps = torch.randn(z_0.shape, generator=generator)
+        eps = torch.randn(z_0.shape, generator=generator).to(z_0.device)
         t = t_B.view(-1, *[1] * (z_0.ndim - 1))
         v = self.velocity((1 - t) * z_0 + t * eps, t_B, condition)
         return (v - (eps - z_0)).square().flatten(1).mean(1)

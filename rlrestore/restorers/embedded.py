@@ -18,6 +18,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -72,6 +73,11 @@ class EmbeddedRestorer(Restorer):
             self._load_weights(load_file(folder / "weights.safetensors"))
         self.mean_net.requires_grad_(False).eval()
         self.denoiser.eval()  # no dropout, no running statistics: train and eval are the same arithmetic
+
+    def to(self, device: torch.device | str) -> Self:
+        self.mean_net.to(device)
+        self.denoiser.to(device)
+        return self
 
     # -- the convention ------------------------------------------------------------------------------------------
 
@@ -156,8 +162,8 @@ class EmbeddedRestorer(Restorer):
 
     def save(self, folder: Path, denoiser: Mapping[str, Tensor] | None = None) -> None:
         denoiser = self.denoiser.state_dict() if denoiser is None else denoiser
-        tensors = {f"mean.{k}": v.half().contiguous() for k, v in self.mean_net.state_dict().items()}
-        tensors |= {f"denoiser.{k}": v.half().contiguous() for k, v in denoiser.items()}
+        tensors = {f"mean.{k}": v.half().cpu().contiguous() for k, v in self.mean_net.state_dict().items()}
+        tensors |= {f"denoiser.{k}": v.half().cpu().contiguous() for k, v in denoiser.items()}
         save_file(tensors, folder / "weights.safetensors")
         architecture = {key: value for key, value in asdict(self.config).items() if key in ARCHITECTURE}
         (folder / "config.json").write_text(json.dumps({"kind": "embedded", **architecture}, indent=1) + "\n")
@@ -166,7 +172,7 @@ class EmbeddedRestorer(Restorer):
         digest = hashlib.sha256(json.dumps([getattr(self.config, key) for key in ARCHITECTURE]).encode())
         for name, tensor in sorted(self.mean_net.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().contiguous().numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:

@@ -1,0 +1,185 @@
+"""`rlrestore evaluate`: base against tuned of an existing run, at equal seeds and without training.
+
+It reads the run and adds to it: result.json is replaced, a grid is written to samples/. The metrics log, TensorBoard,
+the checkpoints, config.resolved.yaml and run.json stay as they are, so the run can be continued afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from envs.base import Env
+from envs.types import Task
+from rewards.rubric import Rubric
+from rlrestore.build import all_terms, build_crew, check_parts, load_train_config
+from rlrestore.checkpoint import find_latest, read_json, read_manifest, verify
+from rlrestore.config import ConfigError, TrainConfig, plain
+from rlrestore.crew import StageTimes
+from rlrestore.evaluate import Evaluation, Measured, MetricRow, compare, table
+from rlrestore.pictures import to_pil
+from rlrestore.quiet import quiet
+from rlrestore.rundir import RunDir, versions
+from rlrestore.stages import evaluation_chain
+
+# What the checkpoint's files and the meaning of base and tuned depend on; all else may differ from the run.
+FIXED_KEYS = (
+    "run.seed", "env", "restorer", "algorithm", "rewards", "sampling", "engine", "rollout.groups", "rollout.samples",
+)  # fmt: skip
+FEW_PHOTOS = 10  # below it a bootstrap interval is too narrow (rlrestore.statistics)
+
+
+def run_evaluate(config_path: Path, overrides: list[str], checkpoint: Path | None) -> None:
+    quiet()
+    config = load_train_config(config_path, overrides)
+    with _existing_run(config) as folder:
+        source = _checkpoint(folder.path, checkpoint)
+        _refuse_changes(folder.path / "config.resolved.yaml", config, source)
+        env = check_parts(config)
+        print(f"evaluating {source} in {config.placement.kind} placement", flush=True)
+        evaluation, base, tuned, seconds = _measure(config, env, source)
+        rows = compare(base, tuned, evaluation.rubric)
+        step = read_manifest(source).step
+        picture = _write_grid(folder.path, step, evaluation.grid(base, tuned))
+        result = folder.write_result(_result(folder.path, config, source, rows, seconds))
+    print(f"\nbase against step {step} ({config.evaluate.weights} weights), {config.evaluate.tasks} held-out tasks x "
+          f"{config.evaluate.samples} seeds:\n\n{table(rows)}")  # fmt: skip
+    for line in caveats(evaluation.tasks):
+        print(line)
+    print(f"\nsample grid  {picture}\nresult       {result}\ncheckpoint   {source}")
+
+
+def caveats(tasks: list[Task]) -> list[str]:
+    """What a reader must know of the intervals of a table over these tasks."""
+    photos = len({task.id.split("@")[0] for task in tasks})
+    lines = []
+    if photos < len(tasks):
+        lines.append(f"note: the {len(tasks)} tasks are crops of {photos} photos; intervals take them as independent")
+    if photos < FEW_PHOTOS:
+        lines.append(
+            f"note: {photos} photos are too few for a bootstrap interval, which is then too narrow: take at least "
+            f"{FEW_PHOTOS}, with evaluate.tasks=N"
+        )
+    return lines
+
+
+# -- the run that is there -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _existing_run(config: TrainConfig) -> Iterator[RunDir]:
+    """The run directory, locked against a training that would replace checkpoints under our hands."""
+    path = Path(config.run.dir) / config.run.name
+    if not path.is_dir():
+        raise ConfigError(f"{path} does not exist: train it first with rlrestore train, or set run.name and run.dir")
+    try:
+        lock = (path / ".lock").open("a")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {path}: {error.strerror}; result.json goes there") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"{path} is in use by another process (a training?); wait for it to end") from error
+        yield RunDir(path, None, lock, created=False)
+
+
+def _checkpoint(run: Path, given: Path | None) -> Path:
+    """A verified checkpoint: the given one, or the run's newest."""
+    if given is not None:
+        if not given.is_dir():
+            raise ConfigError(f"--checkpoint {given} is not a folder; give one such as {run}/checkpoints/step_000010")
+        verify(given)
+        return given
+    newest, rejected = find_latest(run)
+    for candidate in rejected:
+        print(f"checkpoint {candidate.path.name} is not used: {candidate.reason}", file=sys.stderr)
+    if newest is None:
+        raise ConfigError(f"{run} has no complete checkpoint: train it first, with rlrestore train and the same config")
+    return newest
+
+
+def _refuse_changes(saved: Path, config: TrainConfig, checkpoint: Path) -> None:
+    if read_manifest(checkpoint).meta.get("kind") != "train":
+        raise ConfigError(f"{checkpoint} is not of `rlrestore train`, so there is no base in it: give one that is")
+    if not saved.is_file():
+        raise ConfigError(f"{saved} is missing, so nobody knows what was trained here: train the run again")
+    old, new = yaml.safe_load(saved.read_text()), json.loads(json.dumps(plain(config)))
+    ranks = ("placement.ranks",) if config.engine.kind == "deepspeed" else ()  # its files are one a rank
+    for key in (*FIXED_KEYS, *ranks):
+        before, after = _at(old, key), _at(new, key)
+        if before != after:
+            raise ConfigError(
+                f"{saved.parent} was trained with {key}={before} and the config now says {after}: evaluate compares "
+                "weights of one run, so set it back; only evaluate.*, log.* and placement.* may differ"
+            )
+
+
+def _at(data: Any, key: str) -> Any:
+    for part in key.split("."):
+        data = (data or {}).get(part)
+    return data
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------
+
+
+def _measure(config: TrainConfig, env: Env, source: Path) -> tuple[Evaluation, Measured, Measured, dict[str, float]]:
+    """Both weights on the same tasks and noise, and the seconds of each."""
+    torch.manual_seed(config.run.seed)
+    evaluation = Evaluation(
+        env.held_out(config.evaluate.tasks), Rubric(list(all_terms(config).values())),
+        evaluation_chain(config.sampling), config.evaluate.samples, config.evaluate.batch, config.log.image_tasks,
+    )  # fmt: skip
+    crew = build_crew(config, StageTimes())
+    try:
+        crew.load(source)
+        start = time.perf_counter()
+        base = evaluation.measure(crew, "base")
+        middle = time.perf_counter()
+        tuned = evaluation.measure(crew, config.evaluate.weights)
+        seconds = {"evaluate_base": middle - start, "evaluate_tuned": time.perf_counter() - middle}
+    finally:
+        crew.close()
+    return evaluation, base, tuned, seconds
+
+
+def _result(
+    run: Path, config: TrainConfig, source: Path, rows: dict[str, MetricRow], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """The contract of `loop.result_json`. `images`, `wall_s` and `efficiency` say what the tuned weights cost to train.
+
+    Stages and efficiency of the training are known if the run's own result.json is of the same number of images.
+    """
+    state = read_json(source / "loop.json")
+    images = state["iteration"] * config.rollout.groups * config.rollout.samples
+    known = read_json(run / "result.json") if (run / "result.json").is_file() else {}
+    trained = known if known.get("images") == images else {}
+    return {
+        "metrics": {name: {**vars(row), "ci95": list(row.ci95)} for name, row in rows.items()},
+        "images": images,
+        "wall_s": trained.get("wall_s", state["seconds"]),
+        "stages_s": {**trained.get("stages_s", {}), **seconds},
+        "efficiency": trained.get("efficiency", 0.0),
+        "versions": versions(),
+        "seed": config.run.seed,
+    }
+
+
+def _write_grid(run: Path, step: int, picture: torch.Tensor) -> Path:
+    path = run / "samples" / f"step_{step:06d}" / "evaluate_lq_base_tuned_gt.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    to_pil(picture).save(temporary, format="PNG")
+    os.replace(temporary, path)
+    return path

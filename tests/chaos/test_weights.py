@@ -1,0 +1,86 @@
+"""Weights that arrive damaged, late, or at the wrong model are refused, and the network stays what it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlrestore.weights import Published, SyncError, publish, receive
+
+
+def network(width: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, width), nn.Linear(width, 1))
+
+
+def snapshot(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in net.named_parameters()}
+
+
+def assert_refused(published: Published, net: nn.Module, held_version: int, words: str) -> None:
+    before = snapshot(net)
+    with pytest.raises(SyncError, match=words):
+        receive(published, net, before, held_version)
+    after = snapshot(net)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def shifted(net: nn.Module, by: float) -> dict[str, Tensor]:
+    return {name: value + by for name, value in snapshot(net).items()}
+
+
+def test_good_weights_arrive_bit_for_bit() -> None:
+    net = network()
+    wanted = shifted(net, 0.1)
+    receive(publish(wanted, version=4), net, wanted, current_version=3)
+    assert all(torch.equal(value, wanted[name]) for name, value in net.named_parameters())
+
+
+def test_the_same_weights_have_the_same_hash_in_any_order() -> None:
+    tensors = snapshot(network())
+    backwards = dict(reversed(tensors.items()))
+    assert publish(tensors, 1).sha256 == publish(backwards, 1).sha256
+
+
+def test_the_version_in_use_may_be_sent_again() -> None:
+    net = network()
+    receive(publish(shifted(net, 1.0), version=3), net, snapshot(net), current_version=3)
+
+
+@pytest.mark.parametrize("position", [0, -1])  # in the header; in the last weight
+def test_a_flipped_bit(position: int) -> None:
+    net = network()
+    good = publish(shifted(net, 1.0), version=1)
+    blob = bytearray(good.blob)
+    blob[position] ^= 1
+    assert_refused(dataclasses.replace(good, blob=bytes(blob)), net, 0, "sha256")
+
+
+def test_a_blob_that_was_cut() -> None:
+    net = network()
+    good = publish(shifted(net, 1.0), version=1)
+    assert_refused(dataclasses.replace(good, blob=good.blob[:-4]), net, 0, "sha256")
+
+
+def test_a_stale_version() -> None:
+    net = network()
+    assert_refused(publish(shifted(net, 1.0), version=2), net, 3, "version 2 are older than version 3")
+
+
+def test_another_model() -> None:
+    net = network()
+    for other, words in (
+        (nn.Linear(2, 3), "unknown"),  # names "weight", "bias"
+        (nn.Sequential(nn.Linear(2, 3)), "missing"),  # layer 1 is not there
+        (network(width=4), r"0\.weight is \(4, 2\), not \(3, 2\)|0\.bias is \(4,\), not \(3,\)"),
+    ):
+        assert_refused(publish(snapshot(other), version=9), net, 0, words)
+
+
+def test_bytes_that_are_no_weights() -> None:
+    """Whole by its hash, but not safetensors: refused by the same name, not by a parser's error."""
+    blob = b"not safetensors at all"
+    assert_refused(Published(1, hashlib.sha256(blob).hexdigest(), blob), network(), 0, "not safetensors")
