@@ -218,7 +218,8 @@ class FailureBudget:
 
     def fractions(self) -> dict[str, float]:
         """Failed share of every reward within the window."""
-        return {name: (lambda f, n, _: f / max(n, 1))(*self.recent(name)) for name in self._batches}
+        recent = {name: self.recent(name) for name in self._batches}
+        return {name: failed / max(scored, 1) for name, (failed, scored, _) in recent.items()}
 
     def check(self) -> None:
         """Raise `RewardBudgetError` for a reward past its budget, with its commonest reason and both numbers."""

@@ -75,6 +75,7 @@ def check_config(config: TrainConfig) -> None:
     """ConfigError with both numbers and the remedy for what cannot work, before anything is built."""
     algorithm = build_algorithm(config.algorithm)
     _check_choices(config)
+    _check_numbers(config)
     _check_sampling(config, algorithm)
     _check_sizes(config, algorithm)
     if not config.rewards:
@@ -99,6 +100,34 @@ def _check_choices(config: TrainConfig) -> None:
     ):
         if value not in choices:
             raise ConfigError(f"{key}={value} is unknown: choose one of {', '.join(map(str, choices))}")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    """Each number by itself, so that none is found out in the middle of a run."""
+    engine, budget = config.engine, config.reward_budget
+    for key, value, good, wanted in (
+        ("run.seed", config.run.seed, config.run.seed >= 0, "0 or positive"),
+        ("sampling.shift", config.sampling.shift, config.sampling.shift > 0, "positive; 1 is no shift"),
+        ("credit.clamp", config.credit.clamp, config.credit.clamp > 0, "positive, e.g. 5"),
+        ("engine.lr", engine.lr, engine.lr > 0, "positive, e.g. 1e-4"),
+        ("engine.betas", engine.betas, len(engine.betas) == 2 and all(0 <= b < 1 for b in engine.betas), "two numbers in [0, 1)"),
+        ("engine.weight_decay", engine.weight_decay, engine.weight_decay >= 0, "0 or positive"),
+        ("engine.warmup", engine.warmup, engine.warmup >= 0, "0 or positive"),
+        ("engine.grad_clip", engine.grad_clip, engine.grad_clip >= 0, "0 (none) or positive"),
+        ("engine.ema", engine.ema, 0 <= engine.ema < 1, "in [0, 1)"),
+        ("reward_budget.max_fraction", budget.max_fraction, 0 <= budget.max_fraction <= 1, "in [0, 1]"),
+        ("reward_budget.window", budget.window, budget.window >= 1, "at least 1"),
+        ("reward_budget.min_scores", budget.min_scores, budget.min_scores >= 1, "at least 1"),
+        ("evaluate.batch", config.evaluate.batch, config.evaluate.batch >= 1, "at least 1"),
+        ("evaluate.every", config.evaluate.every, config.evaluate.every >= 0, "0 (first and last only) or positive"),
+        ("checkpoint.every", config.checkpoint.every, config.checkpoint.every >= 0, "0 (last only) or positive"),
+        ("checkpoint.keep", config.checkpoint.keep, config.checkpoint.keep >= 1, "at least 1, better 2"),
+        ("log.image_tasks", config.log.image_tasks, config.log.image_tasks >= 1, "at least 1"),
+    ):
+        if not good:
+            raise ConfigError(f"{key}={value} must be {wanted}")
+    _user_errors(lambda: Rubric(list(config.rewards.values())) if config.rewards else None, "rewards")
+    _user_errors(lambda: Rubric(list(all_terms(config).values())) if config.rewards else None, "evaluate.gold")
 
 
 def _check_sampling(config: TrainConfig, algorithm: Algorithm) -> None:
@@ -127,6 +156,8 @@ def _check_sampling(config: TrainConfig, algorithm: Algorithm) -> None:
             f"sampling.window_range={[low, high]} reaches step {high - 1}, which ends at t={float(times[high]):g} with std 0 and has "
             f"no log-probability: set window_range to [{low}, {high - 1}] at the most"
         )
+    if sampling.sampler == "cps" and sampling.level > 1:
+        raise ConfigError(f"sampling.level={sampling.level} must be at most 1 for sampling.sampler=cps: 1 is full re-noising")
     if sampling.level <= 0:
         raise ConfigError(f"sampling.level={sampling.level} makes every step deterministic: {kind} needs level > 0, e.g. 0.8")
 
@@ -183,12 +214,12 @@ def check_needs(rubric: Rubric, env: Env, where: str) -> None:
 
 def build_env(plugin: Plugin) -> Env:
     _, env_class = ENVS[plugin.kind]
-    return _user_errors(lambda: env_class(plugin.config), "env")
+    return _user_errors(lambda: env_class(plugin.config), "env")  # type: ignore[call-arg]
 
 
 def build_restorer(plugin: Plugin) -> Restorer:
     _, restorer_class = RESTORERS[plugin.kind]
-    return _user_errors(lambda: restorer_class(plugin.config), "restorer")
+    return _user_errors(lambda: restorer_class(plugin.config), "restorer")  # type: ignore[call-arg]
 
 
 def best_device() -> torch.device:
@@ -198,7 +229,7 @@ def best_device() -> torch.device:
 
 def build_algorithm(plugin: Plugin) -> Algorithm:
     _, algorithm_class = ALGORITHMS[plugin.kind]
-    return _user_errors(lambda: algorithm_class(plugin.config), "algorithm")
+    return _user_errors(lambda: algorithm_class(plugin.config), "algorithm")  # type: ignore[call-arg]
 
 
 def build_term(term: TermConfig) -> Reward:

@@ -210,15 +210,17 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         raise ConfigError(f"config {path} does not exist; the shipped ones are in configs/")
     try:
         loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{path}: expected sections such as 'run:' and 'env:' at the top level")
         dotlist = OmegaConf.from_dotlist(list(overrides))
         data = OmegaConf.to_container(OmegaConf.merge(loaded, dotlist), resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from error
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"'{override}' is not key=value, e.g. run.steps=20")
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected sections such as 'run:' and 'env:' at the top level")
     return data  # type: ignore[return-value]
 
 

@@ -123,7 +123,8 @@ class Learner:
         start = time.perf_counter()
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         maxima: dict[str, float] = {}
-        grad_norms, skipped, lr = [], 0, 0.0
+        grad_norms: list[float] = []
+        skipped, lr = 0, 0.0
         points = self.algorithm.points(chain, request.point_seed)
         plan = plan_updates([len(chunk.rows) for chunk in request.chunks], self.micro_batch, self.algorithm.updates)
         for micro_batches, total in zip(plan, request.totals, strict=True):

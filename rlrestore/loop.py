@@ -61,32 +61,32 @@ def train(run: Run) -> dict[str, MetricRow]:
     print(f"evaluating the base on {run.evaluation.images} held-out images, then measuring speed", flush=True)
     base = run.evaluation.measure(crew, "base")
     _probe(run, clock)
-    progress = tqdm(total=config.run.steps, initial=run.first, desc=config.run.name, unit="it", smoothing=0.1)
-    for iteration in range(run.first, config.run.steps):
-        clock.start()
-        tasks = run.env.draw(iteration, groups)
-        chain = rollout_chain(config.sampling, seed, iteration, run.algorithm.needs.trajectory)
-        chunks = make_chunks(
-            tasks, config.rollout.samples, config.rollout.batch, seed, iteration, temperature=config.sampling.temperature
-        )
-        rollouts = list(crew.roll_out(chunks, chain))
-        scores = combine(rollouts, run.rubric)
-        _spend_budget(run.budget, rollouts)
-        credit = assign_credit(scores, config.credit, groups, seed, iteration)
-        requests = update_requests(
-            chunks, credit, crew.ranks, config.engine.micro_batch, run.algorithm.updates, seed, iteration
-        )
-        reports = crew.update(requests, chain)
-        crew.publish()
+    # closed on an error, too, so that its message has a line of its own
+    with tqdm(total=config.run.steps, initial=run.first, desc=config.run.name, unit="it", smoothing=0.1) as progress:
+        for iteration in range(run.first, config.run.steps):
+            clock.start()
+            tasks = run.env.draw(iteration, groups)
+            chain = rollout_chain(config.sampling, seed, iteration, run.algorithm.needs.trajectory)
+            chunks = make_chunks(
+                tasks, config.rollout.samples, config.rollout.batch, seed, iteration, temperature=config.sampling.temperature
+            )
+            rollouts = list(crew.roll_out(chunks, chain))
+            scores = combine(rollouts, run.rubric)
+            _spend_budget(run.budget, rollouts)
+            credit = assign_credit(scores, config.credit, groups, seed, iteration)
+            requests = update_requests(
+                chunks, credit, crew.ranks, config.engine.micro_batch, run.algorithm.updates, seed, iteration
+            )
+            reports = crew.update(requests, chain)
+            crew.publish()
 
-        done = iteration + 1
-        _report(run, done, scores, credit, reports, rollouts, clock)
-        _show(progress, scores)
-        if _due(done, config.evaluate.every) and done < config.run.steps:
-            _evaluate(run, base, done)
-        if _due(done, config.checkpoint.every) or done == config.run.steps:
-            _save(run, done, clock)
-    progress.close()
+            done = iteration + 1
+            _report(run, done, scores, credit, reports, rollouts, clock)
+            _show(progress, scores)
+            if _due(done, config.evaluate.every) and done < config.run.steps:
+                _evaluate(run, base, done)
+            if _due(done, config.checkpoint.every) or done == config.run.steps:
+                _save(run, done, clock)
     return _finish(run, base, clock)
 
 
@@ -143,7 +143,7 @@ def _show(progress: tqdm, scores: RubricScores) -> None:
 def _evaluate(run: Run, base: Measured, done: int) -> tuple[dict[str, MetricRow], str]:
     tuned = run.evaluation.measure(run.crew, run.config.evaluate.weights)
     rows = compare(base, tuned, run.evaluation.rubric)
-    scalars = {}
+    scalars: dict[str, float] = {}
     for name, row in rows.items():
         if row.n:
             scalars |= {f"eval/{row.role}/{name}/tuned": row.tuned, f"eval/{row.role}/{name}/delta": row.delta}

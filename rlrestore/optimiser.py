@@ -27,7 +27,7 @@ STATES = ("exp_avg", "exp_avg_sq", "step")
 
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float):
-    return torch.optim.AdamW(parameters, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+    return torch.optim.AdamW(parameters, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay)
 
 
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
@@ -38,8 +38,9 @@ def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
 def optimiser_tensors(optimiser: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
     """AdamW state by parameter name: "NAME/exp_avg" and so on. Empty before the first step."""
     return {
-        f"{names[parameter]}/{key}": state[key].detach().clone()
-        for parameter, state in optimiser.state.items()
+        f"{name}/{key}": optimiser.state[parameter][key].detach().clone()
+        for parameter, name in names.items()
+        if parameter in optimiser.state
         for key in STATES
     }
 

@@ -55,7 +55,7 @@ def restore_pixels(
     samples: int,
     tile: int,
     overlap: int,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
     """[H, W, 3] uint8 -> the mean of `samples` restorations, [H, W, 3] uint8; equal seeds give equal bytes.
 

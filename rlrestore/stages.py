@@ -73,9 +73,9 @@ def assign_credit(scores: RubricScores, config: CreditConfig, groups: int, seed:
         valid_RN = valid_RN & scores.valid_RN
     return group_credit(
         utility_RN, scores.weight_R, valid_RN, scores.required_R, groups,
-        normalise=config.normalise, fuse=config.fuse, floor_R=scores.floor_R, clamp=config.clamp,
-        min_valid=config.min_valid or None, min_spread=config.min_spread,
-    )  # type: ignore[arg-type]  # fmt: skip
+        normalise=config.normalise, fuse=config.fuse,  # type: ignore[arg-type]  # checked when the config was loaded
+        floor_R=scores.floor_R, clamp=config.clamp, min_valid=config.min_valid or None, min_spread=config.min_spread,
+    )  # fmt: skip
 
 
 def update_requests(

@@ -12,10 +12,10 @@ which is 0 for the crop itself:
 
     label = sqrt( mean over full, half and quarter size of (1 - mean gradient magnitude similarity) )
 
-Four networks, of which nss is the mean, learn to order the versions of one crop (a label gap decides the pair) and to give their label
-differences, from statistics of one picture alone. Accuracy is measured on the photographs of the scikit-image and scikit-learn
-wheels that no part of the project trains on (astronaut, chelsea, coffee, china), and also on data/photos_heldout where
-it exists.
+Four networks, of which nss is the mean, learn to order the versions of one crop (a label gap decides the pair) and to
+give their label differences, from statistics of one picture alone. Accuracy is measured on the photographs of the
+scikit-image and scikit-learn wheels that no part of the project trains on (astronaut, chelsea, coffee, china), and also
+on data/photos_heldout where it exists.
 """
 
 from __future__ import annotations
@@ -234,20 +234,27 @@ def fit_pristine(clean: Tensor) -> dict[str, Tensor]:
     return {"mean": kept.mean(0), "cov": torch.cov(kept.double().T).float(), "patches": torch.tensor([len(kept)])}
 
 
-def distorted(clean: Tensor, versions: int, seed: int, report: bool = True) -> tuple[Tensor, Tensor]:
+def training_set(clean: Tensor, versions: int, seed: int, block: int = 80) -> tuple[Tensor, Tensor]:
+    """`distorted` of all crops in random order, block by block (a block has its own seed), with progress."""
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(0))
+    parts = []
+    for start in range(0, len(clean), block):
+        parts.append(distorted(clean[order[start : start + block]], versions, seed * 1000 + start))
+        print(f"distorted {min(start + block, len(clean))} of {len(clean)} crops", flush=True)
+    return torch.cat([s for s, _ in parts]), torch.cat([t for _, t in parts])
+
+
+def distorted(clean: Tensor, versions: int, seed: int) -> tuple[Tensor, Tensor]:
     """Statistics `[N, V + 1, 108]` and labels `[N, V + 1]` of N crops and their V distorted versions.
 
     Version 0 is the crop.
     """
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     statistics, labels = [], []
-    batches = clean.split(4)
-    for index, batch in enumerate(batches):
+    for batch in clean.split(4):
         pictures = [batch] + [round8(random_distortion(rng, g)(batch)) for _ in range(versions)]
         statistics.append(torch.stack([pyramid_statistics(p) for p in pictures], 1))
         labels.append(torch.stack([label(p, batch) for p in pictures], 1))
-        if report and index % 20 == 0:
-            print(f"distorted {4 * index} of {len(clean)} crops", flush=True)
     return torch.cat(statistics), torch.cat(labels)
 
 
@@ -387,13 +394,17 @@ def main() -> None:
         raise SystemExit("--crops, --versions and --members must be at least 1")
     train, halves = [], []
     for index, path in enumerate(paths):  # one photo in memory at a time
-        picture = photo(path)
-        train.append(sampled([picture], arguments.crops, 0, arguments.seed * 10_007 + index))
+        picture, seed = photo(path), arguments.seed * 10_007 + index
+        if min(picture.shape[1:]) >= CROP_PX:
+            train.append(sampled([picture], arguments.crops, 0, seed))
         if min(picture.shape[1:]) >= 2 * CROP_PX:
-            halves.append(sampled([picture], 0, arguments.crops, arguments.seed * 10_007 + index))
-    clean = torch.cat([*train, *halves])
+            halves.append(sampled([picture], 0, arguments.crops, seed))
+            train.append(halves[-1])
+    if not halves:
+        raise SystemExit(f"no photograph of {arguments.photos} has {2 * CROP_PX} px on its short side")
+    clean = torch.cat(train)
     pristine = fit_pristine(torch.cat(halves))
-    statistics, labels = distorted(clean, arguments.versions, arguments.seed)
+    statistics, labels = training_set(clean, arguments.versions, arguments.seed)
     # several small networks agree on the photo and differ on tricks: their mean is harder to please
     nss = averaged([fit_nss(statistics, labels, arguments.steps, arguments.seed + k) for k in range(arguments.members)])
 
@@ -414,7 +425,7 @@ def main() -> None:
         "held_out": {},
     }
     for name, x in held.items():
-        held_statistics, held_labels = distorted(x, 10, 12345, report=False)
+        held_statistics, held_labels = distorted(x, 10, 12345)
         scores = mlp(held_statistics.flatten(0, 1), nss).view(held_labels.shape)
         report["held_out"][name] = {  # type: ignore[index]
             "crops": len(x),

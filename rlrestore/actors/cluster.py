@@ -122,7 +122,7 @@ def _death_among(refs: Any, patience_s: float = 10.0) -> RayActorError | None:
             ray.get(ref)
         except RayActorError as error:
             return error
-        except Exception:  # noqa: S112  (the caller has it)
+        except Exception:
             continue
     return None
 

@@ -30,6 +30,13 @@ class GrpoConfig:
 
 class Grpo(Algorithm):
     def __init__(self, config: GrpoConfig):
+        for key, good, wanted in (
+            ("clip_range", 0 < config.clip_range <= 0.01, "above 0 and at most 0.01: log-probs are means over the latent"),
+            ("kl_beta", config.kl_beta >= 0, "0 or positive"),
+            ("updates", config.updates >= 1, "at least 1"),
+        ):
+            if not good:
+                raise ValueError(f"algorithm.{key}={getattr(config, key)} must be {wanted}")
         self.config = config
         self.needs = Needs(trajectory=True, reference=config.kl_beta > 0)
         self.updates = config.updates

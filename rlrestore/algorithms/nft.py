@@ -35,6 +35,16 @@ class NftConfig:
 
 class Nft(Algorithm):
     def __init__(self, config: NftConfig):
+        for key, good, wanted in (
+            ("beta", config.beta > 0, "positive; published values are 1 and 0.1 (smaller is bolder)"),
+            ("reference_beta", config.reference_beta >= 0, "0 or positive"),
+            ("old_decay", config.old_decay in (0, 1, 2), "0 (hard copy), 1 (to 0.5) or 2 (to 0.999)"),
+            ("times", config.times >= 1, "at least 1"),
+            ("t_min", 0 < config.t_min < 1, "between 0 and 1, e.g. 0.1"),
+            ("updates", config.updates >= 1, "at least 1"),
+        ):
+            if not good:
+                raise ValueError(f"algorithm.{key}={getattr(config, key)} must be {wanted}")
         self.config = config
         self.needs = Needs(old_policy=True, reference=config.reference_beta > 0)
         self.updates = config.updates

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -257,7 +258,7 @@ def write_photo(target: Path, photo: Photo) -> None:
         picture.putalpha(Image.fromarray(photo.alpha_HW))
         if not has_alpha:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    options = {"icc_profile": photo.icc} if photo.icc else {}
+    options: dict[str, Any] = {"icc_profile": photo.icc} if photo.icc else {}
     if form != "PNG":
         options |= {"quality": QUALITY, **({"subsampling": 0} if form == "JPEG" else {})}
     temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")

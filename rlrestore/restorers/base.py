@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Condition:
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:
         first = conditions[0]
-        changed = {
+        changed: dict[str, Any] = {
             field.name: torch.cat([getattr(condition, field.name) for condition in conditions])
             for field in dataclasses.fields(first)
             if isinstance(getattr(first, field.name), Tensor)

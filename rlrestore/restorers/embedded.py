@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
@@ -70,7 +71,13 @@ class EmbeddedRestorer(Restorer):
             self.mean_net = _unet(cells, 2 * cells, config.mean_channels, config)
             self.denoiser: nn.Module = _unet(4 * cells, cells, config.flow_channels, config)
         if folder is not None:
-            self._load_weights(load_file(folder / "weights.safetensors"))
+            try:
+                self._load_weights(load_file(folder / "weights.safetensors"))
+            except (SafetensorError, RuntimeError) as error:  # damaged; or of other shapes than its config.json says
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"restorer.weights: {folder / 'weights.safetensors'} cannot be loaded ({reason}): copy it again"
+                ) from error
         self.mean_net.requires_grad_(False).eval()
         self.denoiser.eval()  # no dropout, no running statistics: train and eval are the same arithmetic
 
@@ -85,7 +92,7 @@ class EmbeddedRestorer(Restorer):
     def condition(self, lq_BCHW: Tensor) -> EmbeddedCondition:
         lq = self._unshuffle(lq_BCHW)
         mean, log_spread = self.predict_mean(lq)
-        return self.condition_from_prediction(lq, mean, log_spread, size=tuple(lq_BCHW.shape[-2:]))
+        return self.condition_from_prediction(lq, mean, log_spread, (lq_BCHW.shape[-2], lq_BCHW.shape[-1]))
 
     def latent_shape(self, condition: Condition) -> tuple[int, ...]:
         assert isinstance(condition, EmbeddedCondition)

@@ -128,9 +128,9 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, plugin: Path) -> TrainConfig:
     options = [
-        *faulty_options("hangs", budget=1.0), "placement.kind=colocated", "placement.ranks=2", "placement.reward_workers=2",
-        "placement.rank_cpus=0.5", "placement.reward_cpus=0.5", "placement.threads=1", "placement.start_timeout_s=900",
-        "placement.stage_timeout_s=300", "ray.object_store_mb=80",
+        *faulty_options("hangs", budget=1.0), "placement.kind=colocated", "placement.ranks=2",
+        "placement.reward_workers=2", "placement.rank_cpus=0.5", "placement.reward_cpus=0.5", "placement.threads=1",
+        "placement.start_timeout_s=900", "placement.stage_timeout_s=300", "ray.object_store_mb=80",
     ]  # fmt: skip
     return tiny_config(tmp_path_factory.mktemp("ray"), "nft", options)
 
@@ -188,7 +188,7 @@ def test_a_reward_worker_killed_in_use_is_replaced(
 def test_a_trainer_rank_killed_ends_the_run_with_one_line(
     crew: RayCrew, config: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rank 1 dies before the update in which rank 0 waits for its gradient. The last of these tests: the crew is lost."""
+    """Rank 1 dies before the update in which rank 0 waits for its gradient. Comes last: the crew is lost."""
     scored = roll_out(crew, config)
     scores = combine(scored, Rubric(list(config.rewards.values())))
     credit = assign_credit(scores, config.credit, config.rollout.groups, config.run.seed, 0)

@@ -62,7 +62,10 @@ def recorded_draws(draws: dict[int, list[str]]):
 
     def recording(self: PhotosEnv, step: int, n: int) -> list[Any]:
         tasks = draw(self, step, n)
-        assert draws.setdefault(step, [task.id for task in tasks]) == [task.id for task in tasks]
+        ids = [task.id for task in tasks]
+        before = draws.get(step, [])  # the start looks at the first task, and the speed probe at the first iteration's
+        assert all(a == b for a, b in zip(before, ids, strict=False))
+        draws[step] = max(before, ids, key=len)
         return tasks
 
     with pytest.MonkeyPatch.context() as patch:
@@ -146,7 +149,9 @@ def test_a_killed_run_continues_bit_for_bit(straight: Callable[[str], Any], algo
     assert any(not torch.equal(moved[name], base[name]) for name in base)  # else equality would show nothing
 
 
-def test_a_damaged_checkpoint_is_passed_over(straight: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    straight: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     """One bit of the newest checkpoint flips: the run says so, goes back to the one before and ends where it ended."""
     run, _ = straight("nft")
     damaged = run.parent / "damaged"
@@ -160,7 +165,9 @@ def test_a_damaged_checkpoint_is_passed_over(straight: Callable[[str], Any], cap
     assert_same_log(run, damaged)
 
 
-def test_without_a_good_checkpoint_nothing_is_lost(straight: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_good_checkpoint_nothing_is_lost(
+    straight: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     """All checkpoints damaged: starting anew by itself would delete what a person might still mend."""
     run, _ = straight("nft")
     ruined = run.parent / "ruined"
@@ -208,7 +215,13 @@ def test_a_finished_run_says_so_and_stays(straight: Callable[[str], Any], capsys
 def test_colocated_deepspeed_continues_bit_for_bit(tmp_path: Path) -> None:
     """Two ranks with ZeRO-2 on Ray; the driver is killed, and Ray ends with it."""
     config = write_tiny(tmp_path, "nft")
-    options = [*OPTIONS, "engine.kind=deepspeed", "placement.kind=colocated", "placement.ranks=2", "placement.threads=1"]
+    options = [
+        *OPTIONS,
+        "engine.kind=deepspeed",
+        "placement.kind=colocated",
+        "placement.ranks=2",
+        "placement.threads=1",
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run, killed = tmp_path / "runs" / "straight", tmp_path / "runs" / "killed"
     subprocess.run(train_command(config, [*options, "run.name=straight"]), check=True, env=environment, timeout=LIMIT_S)

@@ -17,7 +17,8 @@ CONFIG = """
 run: {name: tiny, seed: 0, steps: 2}
 env: {kind: photos, size: 16, recipe: mild}
 restorer:
-  {kind: embedded, weights: null, precision: float32, unshuffle: 2, mean_channels: [16, 16], flow_channels: [16, 32], groups: 4}
+  {kind: embedded, weights: null, precision: float32, unshuffle: 2, groups: 4,
+   mean_channels: [16, 16], flow_channels: [16, 32]}
 algorithm: {kind: nft, beta: 0.1, times: 2}
 rewards: {ssim_rgb: {weight: 1.0}}
 evaluate: {tasks: 3, samples: 2, batch: 6, gold: {psnr_rgb: {}}}
