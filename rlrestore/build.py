@@ -110,7 +110,12 @@ def _check_numbers(config: TrainConfig) -> None:
         ("sampling.shift", config.sampling.shift, config.sampling.shift > 0, "positive; 1 is no shift"),
         ("credit.clamp", config.credit.clamp, config.credit.clamp > 0, "positive, e.g. 5"),
         ("engine.lr", engine.lr, engine.lr > 0, "positive, e.g. 1e-4"),
-        ("engine.betas", engine.betas, len(engine.betas) == 2 and all(0 <= b < 1 for b in engine.betas), "two numbers in [0, 1)"),
+        (
+            "engine.betas",
+            engine.betas,
+            len(engine.betas) == 2 and all(0 <= b < 1 for b in engine.betas),
+            "two numbers in [0, 1)",
+        ),
         ("engine.weight_decay", engine.weight_decay, engine.weight_decay >= 0, "0 or positive"),
         ("engine.warmup", engine.warmup, engine.warmup >= 0, "0 or positive"),
         ("engine.grad_clip", engine.grad_clip, engine.grad_clip >= 0, "0 (none) or positive"),
@@ -143,7 +148,9 @@ def _check_sampling(config: TrainConfig, algorithm: Algorithm) -> None:
             "the initial noise; set it to [1, 1], or use a forward-process method such as nft"
         )
     if sampling.sampler == "ode":
-        raise ConfigError(f"algorithm.kind={kind} needs stochastic steps and sampling.sampler=ode has none: set sampling.sampler=cps")
+        raise ConfigError(
+            f"algorithm.kind={kind} needs stochastic steps and sampling.sampler=ode has none: set sampling.sampler=cps"
+        )
     low, high = sampling.window_range
     if not 0 <= low < high <= sampling.steps or sampling.window < 1 or sampling.window > high - low:
         raise ConfigError(
@@ -157,9 +164,13 @@ def _check_sampling(config: TrainConfig, algorithm: Algorithm) -> None:
             f"no log-probability: set window_range to [{low}, {high - 1}] at the most"
         )
     if sampling.sampler == "cps" and sampling.level > 1:
-        raise ConfigError(f"sampling.level={sampling.level} must be at most 1 for sampling.sampler=cps: 1 is full re-noising")
+        raise ConfigError(
+            f"sampling.level={sampling.level} must be at most 1 for sampling.sampler=cps: 1 is full re-noising"
+        )
     if sampling.level <= 0:
-        raise ConfigError(f"sampling.level={sampling.level} makes every step deterministic: {kind} needs level > 0, e.g. 0.8")
+        raise ConfigError(
+            f"sampling.level={sampling.level} makes every step deterministic: {kind} needs level > 0, e.g. 0.8"
+        )
 
 
 def _check_sizes(config: TrainConfig, algorithm: Algorithm) -> None:
@@ -174,9 +185,13 @@ def _check_sizes(config: TrainConfig, algorithm: Algorithm) -> None:
         if value < 1:
             raise ConfigError(f"{key}={value} must be at least 1")
     if rollout.samples < 2:
-        raise ConfigError(f"rollout.samples={rollout.samples}: a group needs at least 2 rollouts to be compared; 8 is usual")
+        raise ConfigError(
+            f"rollout.samples={rollout.samples}: a group needs at least 2 rollouts to be compared; 8 is usual"
+        )
     if placement.kind == "local" and ranks > 1:
-        raise ConfigError(f"placement.kind=local is one process and placement.ranks={ranks}: choose colocated or separate")
+        raise ConfigError(
+            f"placement.kind=local is one process and placement.ranks={ranks}: choose colocated or separate"
+        )
     if total % rollout.batch:
         raise ConfigError(
             f"rollout.groups * rollout.samples = {total} does not divide into batches of rollout.batch={rollout.batch}: "
@@ -242,7 +257,10 @@ def build_scorer(terms: Mapping[str, TermConfig]) -> Scorer:
 
 def all_terms(config: TrainConfig) -> dict[str, TermConfig]:
     """Rewards and gold metrics; a metric that is rewarded under the same name is not gold."""
-    return {**config.rewards, **{name: term for name, term in config.evaluate.gold.items() if name not in config.rewards}}
+    return {
+        **config.rewards,
+        **{name: term for name, term in config.evaluate.gold.items() if name not in config.rewards},
+    }
 
 
 @dataclass(frozen=True)
@@ -304,16 +322,16 @@ def build_run(config: TrainConfig, folder: RunDir, env: Env) -> Run:
         env.held_out(config.evaluate.tasks), watched, evaluation_chain(config.sampling), config.evaluate.samples,
         config.evaluate.batch, config.log.image_tasks,
     )  # fmt: skip
-    budget = FailureBudget(config.reward_budget.max_fraction, config.reward_budget.window, config.reward_budget.min_scores)
+    budget = FailureBudget(
+        config.reward_budget.max_fraction, config.reward_budget.window, config.reward_budget.min_scores
+    )
     crew = build_crew(config, times)
     try:
         folder.write_config(config)
         folder.write_facts(kind="train", started=now(), versions=versions(), data=env.fingerprint(), exit="running")
         first = int(folder.resume_from.name.removeprefix("step_")) if folder.resume_from else 0
         log = RunLog(folder.path, purge_step=first + 1 if first else 0)
-        run = Run(
-            config, env, rubric, crew, evaluation, folder, log, budget, times, build_algorithm(config.algorithm)
-        )
+        run = Run(config, env, rubric, crew, evaluation, folder, log, budget, times, build_algorithm(config.algorithm))
         resume(run)
     except BaseException:
         crew.close()

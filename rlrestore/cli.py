@@ -45,7 +45,9 @@ def finetune(config: ConfigPath, overrides: Overrides = None) -> None:
 def evaluate(
     config: ConfigPath,
     overrides: Overrides = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="a checkpoints/step_N folder; default: the run's newest")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="a checkpoints/step_N folder; default: the run's newest")
+    ] = None,
 ) -> None:
     """Base against tuned on the held-out tasks at equal seeds: table with intervals, result.json, sample grid."""
     from rlrestore.commands.evaluate import run_evaluate
@@ -58,11 +60,16 @@ def restore(
     source: Annotated[Path, typer.Argument(metavar="IN", help="a photo, or a folder of photos")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="a file, or a folder if IN is one")],
     checkpoint: Annotated[
-        Path | None, typer.Option(help="a run, a checkpoints/step_N folder, or a folder with weights; default: the packaged weights")
+        Path | None,
+        typer.Option(
+            help="a run, a checkpoints/step_N folder, or a folder with weights; default: the packaged weights"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="noise seed; the same seed gives the same picture")] = 0,
     steps: Annotated[int, typer.Option(help="sampling steps")] = 8,
-    samples: Annotated[int, typer.Option(help="average this many samples: 1 keeps detail, more is closer to the truth on average")] = 1,
+    samples: Annotated[
+        int, typer.Option(help="average this many samples: 1 keeps detail, more is closer to the truth on average")
+    ] = 1,
     tile: Annotated[int, typer.Option(help="tile side in pixels")] = 256,
     overlap: Annotated[int, typer.Option(help="overlap of tiles in pixels")] = 64,
     overwrite: Annotated[bool, typer.Option(help="replace outputs that exist")] = False,

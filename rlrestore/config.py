@@ -53,7 +53,10 @@ class SamplingConfig:
     # Scale of the initial noise, spread evenly over the members of a group. Below 1 they differ in how much they dare, which
     # is exploration for forward-process methods; trajectory methods need (1, 1), evaluation always uses 1.
     temperature: tuple[float, float] = (1.0, 1.0)
-    window_range: tuple[int, int] = (0, 4)  # the window lies inside these step indices; its start is drawn per iteration
+    window_range: tuple[int, int] = (
+        0,
+        4,
+    )  # the window lies inside these step indices; its start is drawn per iteration
 
 
 @dataclass
@@ -142,7 +145,6 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    images_every: int = 10
     image_tasks: int = 4
 
 

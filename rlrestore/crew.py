@@ -6,6 +6,7 @@ A crew samples chunks, scores them, trains on them and hands weights around. `lo
 
 from __future__ import annotations
 
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -83,7 +84,7 @@ class Crew(ABC):
 def deal(count: int, workers: int) -> list[range]:
     """Contiguous shares of `count` chunks, sizes differing by one at the most."""
     edges = [round(count * worker / workers) for worker in range(workers + 1)]
-    return [range(start, end) for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [range(start, end) for start, end in itertools.pairwise(edges)]
 
 
 class LocalCrew(Crew):

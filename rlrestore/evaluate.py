@@ -56,9 +56,7 @@ class MetricRow:
 class Evaluation:
     """Fixed tasks and noise; `measure` any weights on them."""
 
-    def __init__(
-        self, tasks: Sequence[Task], rubric: Rubric, chain: Chain, samples: int, batch: int, pictures: int
-    ):
+    def __init__(self, tasks: Sequence[Task], rubric: Rubric, chain: Chain, samples: int, batch: int, pictures: int):
         self.tasks, self.rubric, self.chain, self.samples = list(tasks), rubric, chain, samples
         self.chunks = make_chunks(self.tasks, samples, batch, EVALUATION_SEED)
         self.pictures = min(pictures, len(self.tasks))
@@ -80,7 +78,12 @@ class Evaluation:
         """LQ | base | tuned | GT at equal noise."""
         has_gt = all(task.gt is not None for task in self.tasks)
         rows = [
-            [task.lq, base.pictures[index], tuned.pictures[index], *([task.gt] if task.gt is not None and has_gt else [])]
+            [
+                task.lq,
+                base.pictures[index],
+                tuned.pictures[index],
+                *([task.gt] if task.gt is not None and has_gt else []),
+            ]
             for index, task in enumerate(self.tasks[: self.pictures])
         ]
         titles = ["LQ", "base", "tuned", *(["GT"] if has_gt else [])]
@@ -99,7 +102,9 @@ def compare(base: Measured, tuned: Measured, rubric: Rubric) -> dict[str, Metric
     """One row a metric; the mix first, then rewards, then gold."""
     roles = {name: (term.role, spec) for name, term, spec in zip(rubric.names, rubric.terms, rubric.specs, strict=True)}
     rows = {"mix": _row(base.values["mix"], tuned.values["mix"], "reward", True)}
-    for name, (role, spec) in sorted(roles.items(), key=lambda item: (item[1][0] == "gold", list(roles).index(item[0]))):
+    for name, (role, spec) in sorted(
+        roles.items(), key=lambda item: (item[1][0] == "gold", list(roles).index(item[0]))
+    ):
         rows[name] = _row(base.values[name], tuned.values[name], role, spec.higher_is_better)
     return rows
 
@@ -132,5 +137,8 @@ def table(rows: Mapping[str, MetricRow], specs: Mapping[str, RewardSpec] | None 
         for name, row in rows.items()
     ]  # fmt: skip
     widths = [max(len(line[column]) for line in (header, *body)) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (header, *body)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (header, *body)
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -185,7 +185,9 @@ class Learner:
         device = self.restorer.device
         ones = torch.ones(len(chunk.rows), device=device)
         trajectory = latents.trajectory and latents.trajectory.take(rows).to(device)
-        batch = Batch(condition.take(rows), latents.z_0[rows].to(device), trajectory, ones[rows], ones[rows], chunk.rows[rows])
+        batch = Batch(
+            condition.take(rows), latents.z_0[rows].to(device), trajectory, ones[rows], ones[rows], chunk.rows[rows]
+        )
         policies = replace(self.policies, current=self.scratch.requires_grad_(True))
         points = self.algorithm.points(chain, 0)[:1]
         sample_s, train_s = [], []

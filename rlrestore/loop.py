@@ -68,7 +68,12 @@ def train(run: Run) -> dict[str, MetricRow]:
             tasks = run.env.draw(iteration, groups)
             chain = rollout_chain(config.sampling, seed, iteration, run.algorithm.needs.trajectory)
             chunks = make_chunks(
-                tasks, config.rollout.samples, config.rollout.batch, seed, iteration, temperature=config.sampling.temperature
+                tasks,
+                config.rollout.samples,
+                config.rollout.batch,
+                seed,
+                iteration,
+                temperature=config.sampling.temperature,
             )
             rollouts = list(crew.roll_out(chunks, chain))
             scores = combine(rollouts, run.rubric)
@@ -118,7 +123,13 @@ def _spend_budget(budget: FailureBudget, rollouts: list[Scored]) -> None:
 
 
 def _report(
-    run: Run, done: int, scores: RubricScores, credit: Credit, reports: list[UpdateReport], rollouts: list[Scored], clock: Clock
+    run: Run,
+    done: int,
+    scores: RubricScores,
+    credit: Credit,
+    reports: list[UpdateReport],
+    rollouts: list[Scored],
+    clock: Clock,
 ) -> None:
     images = [part.images for part in rollouts]
     run.log.scalars(
@@ -153,7 +164,12 @@ def _evaluate(run: Run, base: Measured, done: int) -> tuple[dict[str, MetricRow]
 
 
 def _save(run: Run, done: int, clock: Clock) -> None:
-    meta = {"kind": "train", "config_hash": config_hash(run.config), "data": run.env.fingerprint(), "versions": versions()}
+    meta = {
+        "kind": "train",
+        "config_hash": config_hash(run.config),
+        "data": run.env.fingerprint(),
+        "versions": versions(),
+    }
     with new_checkpoint(run.folder.path, done, meta) as folder:
         run.crew.save(folder)
         run.crew.export(folder / "restorer", run.config.evaluate.weights)

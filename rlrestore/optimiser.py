@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+
 def select_trainable(network: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Set requires_grad by name (`re.search`, any of the patterns; none means all) and return the trainable names.
 
@@ -16,7 +17,9 @@ def select_trainable(network: nn.Module, patterns: Sequence[str]) -> list[str]:
     names = [name for name, _ in network.named_parameters()]
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
-            raise ValueError(f"engine.trainable: no parameter matches {pattern!r}; names look like {names[0]} and {names[-1]}")
+            raise ValueError(
+                f"engine.trainable: no parameter matches {pattern!r}; names look like {names[0]} and {names[-1]}"
+            )
     chosen = [name for name in names if not patterns or any(re.search(pattern, name) for pattern in patterns)]
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in set(chosen))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from pathlib import Path
 
 
 def quiet() -> None:
     """Before heavy imports, in the driver and in every worker."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu") if not os.path.exists("/dev/nvidia0") else None
+    if not Path("/dev/nvidia0").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in ("DeepSpeed", "bitsandbytes", "torch.distributed", "diffusers"):

@@ -78,12 +78,19 @@ def open_run(run: RunConfig, config: Any) -> RunDir:
         raise ConfigError(f"run.name '{run.name}' must be a plain folder name, such as 'quickstart'")
     if run.resume not in ("auto", "never") and not Path(run.resume).is_dir():
         raise ConfigError(f"run.resume is '{run.resume}': choose auto, never or a checkpoint folder that exists")
+    if run.resume not in ("auto", "never"):
+        try:
+            verify(run.resume)
+        except CheckpointError as error:
+            raise ConfigError(f"run.resume: {error}") from error
     try:
         created = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a")
     except OSError as error:
-        raise ConfigError(f"cannot write to {path}: {error.strerror}; choose another place with run.dir=FOLDER") from error
+        raise ConfigError(
+            f"cannot write to {path}: {error.strerror}; choose another place with run.dir=FOLDER"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -102,7 +109,9 @@ def _start_or_resume(run: RunConfig, config: Any, path: Path, created: bool) -> 
     """Bring the locked folder into the state that the run starts from; the checkpoint to resume, or None."""
     if run.resume == "never" and not created and any(entry.name != ".lock" for entry in path.iterdir()):
         if not run.overwrite:
-            raise ConfigError(f"{path} exists and run.resume=never; add run.overwrite=true to replace it, or choose another run.name")
+            raise ConfigError(
+                f"{path} exists and run.resume=never; add run.overwrite=true to replace it, or choose another run.name"
+            )
         _clear(path)
     remove_stale(path)
     folder = _checkpoint_to_resume(run, path)
@@ -110,7 +119,9 @@ def _start_or_resume(run: RunConfig, config: Any, path: Path, created: bool) -> 
         _clear(path)  # a run that died before its first checkpoint: nothing in it can be continued
     if folder is not None:
         _refuse_changes(path / "config.resolved.yaml", config)
-        set_aside(path, int(folder.name.removeprefix("step_")))  # damaged or abandoned later ones never win over new ones
+        set_aside(
+            path, int(folder.name.removeprefix("step_"))
+        )  # damaged or abandoned later ones never win over new ones
     return folder
 
 
@@ -118,11 +129,7 @@ def _checkpoint_to_resume(run: RunConfig, path: Path) -> Path | None:
     if run.resume == "never":
         return None
     if run.resume != "auto":
-        try:
-            verify(run.resume)
-        except CheckpointError as error:
-            raise ConfigError(f"run.resume: {error}") from error
-        return Path(run.resume)
+        return Path(run.resume)  # verified before anything was made
     folder, rejected = find_latest(path)
     for candidate in rejected:
         print(f"checkpoint {candidate.path.name} is not used: {candidate.reason}", file=sys.stderr)

@@ -29,7 +29,9 @@ class Scorer:
     def _score_term(self, name: str, items: Sequence[Restoration]) -> Scores:
         limit_s = self.terms[name].timeout_s
         result: concurrent.futures.Future[Scores] = concurrent.futures.Future()
-        thread = threading.Thread(target=_run, args=(self.rewards[name], items, result), name=f"reward-{name}", daemon=True)
+        thread = threading.Thread(
+            target=_run, args=(self.rewards[name], items, result), name=f"reward-{name}", daemon=True
+        )
         thread.start()
         try:
             return result.result(timeout=limit_s)

@@ -6,6 +6,7 @@ S recorded steps, R rewards. `_s` seconds, `std_*` the std of a whole transition
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +63,7 @@ class Images:
 
     def restorations(self, chunk: Chunk) -> list[Restoration]:
         floats = self.pixels.to(torch.float32) / 255
-        return [
-            Restoration(chunk.tasks[row.group], floats[i], row.seed) for i, row in enumerate(chunk.rows)
-        ]
+        return [Restoration(chunk.tasks[row.group], floats[i], row.seed) for i, row in enumerate(chunk.rows)]
 
 
 @dataclass(frozen=True)
@@ -110,4 +109,4 @@ def plan_updates(chunk_rows: list[int], micro_batch: int, updates: int) -> list[
         for start in range(0, rows, micro_batch)
     ]
     edges = [round(len(micro) * update / updates) for update in range(updates + 1)]
-    return [micro[start:end] for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [micro[start:end] for start, end in itertools.pairwise(edges)]

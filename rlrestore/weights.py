@@ -33,7 +33,9 @@ def receive(published: Published, network: nn.Module, names: Collection[str], cu
     """Load the parameters `names` into `network` after all checks; on SyncError the network is untouched."""
     digest = hashlib.sha256(published.blob).hexdigest()
     if digest != published.sha256:
-        raise SyncError(f"weights version {published.version} have sha256 {digest[:16]}, expected {published.sha256[:16]}")
+        raise SyncError(
+            f"weights version {published.version} have sha256 {digest[:16]}, expected {published.sha256[:16]}"
+        )
     if published.version < current_version:
         raise SyncError(f"weights version {published.version} are older than version {current_version} already in use")
     try:
@@ -46,6 +48,8 @@ def receive(published: Published, network: nn.Module, names: Collection[str], cu
         raise SyncError(f"weights do not fit this network: unknown {sorted(unknown)[:3]}, missing {sorted(absent)[:3]}")
     for name, value in tensors.items():
         if value.shape != own[name].shape:
-            raise SyncError(f"weights do not fit this network: {name} is {tuple(value.shape)}, not {tuple(own[name].shape)}")
+            raise SyncError(
+                f"weights do not fit this network: {name} is {tuple(value.shape)}, not {tuple(own[name].shape)}"
+            )
     for name, value in tensors.items():
         own[name].copy_(value)

@@ -90,7 +90,9 @@ def main() -> None:
                 if not header:
                     header = list(row)
                     print("\n" + "  ".join([f"{'placement':10} {'engine':10}", *(f"{name:>10}" for name in header)]))
-                print("  ".join([f"{placement:10} {engine:10}", *(f"{row[name]:10.3f}" for name in header)]), flush=True)
+                print(
+                    "  ".join([f"{placement:10} {engine:10}", *(f"{row[name]:10.3f}" for name in header)]), flush=True
+                )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Curves of a run's metrics.jsonl as one picture, for model cards and docs.
 
-    python scripts/plot_run.py runs/finetune_embedded curve.png train/flow train/mean_psnr eval/psnr_rgb/mean_of_samples
+python scripts/plot_run.py runs/finetune_embedded curve.png train/flow train/mean_psnr eval/psnr_rgb/mean_of_samples
 """
 
 from __future__ import annotations

@@ -277,7 +277,10 @@ def test_ray_and_deepspeed_stay_in_their_rooms() -> None:
 
 def test_only_build_knows_all_families() -> None:
     known = {file: families_known(source) for file, source in sources(*PACKAGES).items()}
-    assert known.get(KNOWS_ALL_FAMILIES) == set(REGISTRIES), f"{KNOWS_ALL_FAMILIES} is where all registries meet"
+    # rewards have third-party entries too, so they are built through `rewards.registry.build_reward`
+    assert known.get(KNOWS_ALL_FAMILIES) == set(REGISTRIES) - {"REWARDS"}, (
+        f"{KNOWS_ALL_FAMILIES} is where registries meet"
+    )
     curious = {file: names for file, names in known.items() if len(names) > 1 and file != KNOWS_ALL_FAMILIES}
     assert not curious, f"ask {KNOWS_ALL_FAMILIES} instead of looking into several registries: {curious}"
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from rewards.rubric import TermConfig
-from rlrestore.actors.cluster import fetch, node_order, remove_placement_group, reserve, spawn, start_ray, bundle_list
+from rlrestore.actors.cluster import bundle_list, fetch, node_order, remove_placement_group, reserve, spawn, start_ray
 from rlrestore.actors.rewards import RewardPool
 from rlrestore.actors.workers import RewardWorker, RolloutWorker, TrainerWorker
 from rlrestore.config import PlacementConfig, RayConfig
@@ -101,7 +101,9 @@ class RayCrew(Crew):
 
     def generate(self, chunks: Sequence[Chunk], chain: Chain, which: str) -> Iterator[Scored]:
         """Trainer ranks do it in both placements: they hold the base and the EMA."""
-        fetch([trainer.load_scratch.remote(which) for trainer in self.trainers], self.limit_s, f"loading {which} weights")
+        fetch(
+            [trainer.load_scratch.remote(which) for trainer in self.trainers], self.limit_s, f"loading {which} weights"
+        )
         chain_ref = ray.put(chain)
         submitted = []
         for worker, share in enumerate(deal(len(chunks), self.ranks)):
@@ -150,7 +152,9 @@ class RayCrew(Crew):
         refs = [trainer.publish.remote("behaviour") for trainer in self.trainers]
         published = fetch(refs[0], self.limit_s, "gathering weights")
         fetch(refs[1:], self.limit_s, "gathering weights")
-        answers = fetch([worker.receive.remote(refs[0]) for worker in self.rollouts], self.limit_s, "publishing weights")
+        answers = fetch(
+            [worker.receive.remote(refs[0]) for worker in self.rollouts], self.limit_s, "publishing weights"
+        )
         for version, sha256 in answers:
             if (version, sha256) != (published.version, published.sha256):
                 raise SyncError(
@@ -161,10 +165,14 @@ class RayCrew(Crew):
         self.times.add("publish", time.perf_counter() - start)
 
     def probe(self, chunk: Chunk, chain: Chain) -> list[ProbeReport]:
-        trainers = fetch([worker.probe.remote(chunk, chain) for worker in self.trainers], self.limit_s, "the speed probe")
+        trainers = fetch(
+            [worker.probe.remote(chunk, chain) for worker in self.trainers], self.limit_s, "the speed probe"
+        )
         if not self.separate:
             return trainers
-        samplers = fetch([worker.probe.remote(chunk, chain) for worker in self.rollouts], self.limit_s, "the speed probe")
+        samplers = fetch(
+            [worker.probe.remote(chunk, chain) for worker in self.rollouts], self.limit_s, "the speed probe"
+        )
         return [ProbeReport(0.0, report.train_micro_s) for report in trainers] + samplers
 
     # -- files -------------------------------------------------------------------------------------------------------
@@ -173,7 +181,11 @@ class RayCrew(Crew):
         fetch([trainer.save.remote(str(folder.resolve())) for trainer in self.trainers], self.limit_s, "saving")
 
     def load(self, folder: Path) -> None:
-        fetch([trainer.load.remote(str(folder.resolve())) for trainer in self.trainers], self.limit_s, "loading a checkpoint")
+        fetch(
+            [trainer.load.remote(str(folder.resolve())) for trainer in self.trainers],
+            self.limit_s,
+            "loading a checkpoint",
+        )
 
     def export(self, folder: Path, which: str) -> None:
         refs = [trainer.export.remote(str(folder.resolve()), which) for trainer in self.trainers]

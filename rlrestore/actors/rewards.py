@@ -33,7 +33,9 @@ class _Job:
 
 
 class RewardPool:
-    def __init__(self, spawn: Callable[[int], Any], workers: int, terms: Mapping[str, TermConfig], threads: int, start_s: float):
+    def __init__(
+        self, spawn: Callable[[int], Any], workers: int, terms: Mapping[str, TermConfig], threads: int, start_s: float
+    ):
         self.spawn, self.terms, self.threads = spawn, dict(terms), threads
         self.start_s = start_s  # a replaced worker has to start before it scores
         self.workers = [spawn(index) for index in range(workers)]
@@ -66,7 +68,9 @@ class RewardPool:
                 if job.attempts > ATTEMPTS:
                     del self.jobs[key]
                     self._replace(job.worker)
-                    return {name: Scores.failed(len(job.chunk.rows), f"infra: reward worker {lost}") for name in job.names}
+                    return {
+                        name: Scores.failed(len(job.chunk.rows), f"infra: reward worker {lost}") for name in job.names
+                    }
                 self._replace(job.worker)
             except RayTaskError as error:
                 del self.jobs[key]

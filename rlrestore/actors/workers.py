@@ -108,7 +108,9 @@ class RolloutWorker:
         from rlrestore.weights import SyncError
 
         if self.version != version:
-            raise SyncError(f"this rollout worker holds weights version {self.version}, version {version} was asked for")
+            raise SyncError(
+                f"this rollout worker holds weights version {self.version}, version {version} was asked for"
+            )
         return self.sampler.sample(chunk, chain, self.network, self.version, self.weights_sha[:16])
 
     def probe(self, chunk: Chunk, chain: Chain) -> ProbeReport:

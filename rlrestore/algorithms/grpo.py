@@ -23,7 +23,9 @@ CLIP_LATENT_SIZE = 65536  # latent elements that `clip_range` is stated for: SD3
 
 @dataclass
 class GrpoConfig:
-    clip_range: float = 1e-5  # e for a latent of 65536 elements; scaled by sqrt(65536 / D) for D (Flow-GRPO-Fast's value)
+    clip_range: float = (
+        1e-5  # e for a latent of 65536 elements; scaled by sqrt(65536 / D) for D (Flow-GRPO-Fast's value)
+    )
     kl_beta: float = 0.0  # weight of the exact KL to the frozen start, a latent element
     updates: int = 2  # optimiser steps an iteration; all but the first are off-policy
 
@@ -31,7 +33,11 @@ class GrpoConfig:
 class Grpo(Algorithm):
     def __init__(self, config: GrpoConfig):
         for key, good, wanted in (
-            ("clip_range", 0 < config.clip_range <= 0.01, "above 0 and at most 0.01: log-probs are means over the latent"),
+            (
+                "clip_range",
+                0 < config.clip_range <= 0.01,
+                "above 0 and at most 0.01: log-probs are means over the latent",
+            ),
             ("kl_beta", config.kl_beta >= 0, "0 or positive"),
             ("updates", config.updates >= 1, "at least 1"),
         ):

@@ -24,8 +24,8 @@ class NftConfig:
     beta: float = 1.0  # b
     reference_beta: float = 0.0  # weight of mean (v - v_reference)^2; the paper uses 1e-4
     old_decay: int = 1  # 0 hard copy | 1 ramp to 0.5 by 0.001 a step | 2 delayed ramp to 0.999
-    times: int = 4  # points of the forward process a sample is trained at, stratified over [t_min, 1]
-    t_min: float = 0.1  # at lower times a sample mostly teaches its own artefacts
+    times: int = 4  # points of the forward process a sample is trained at, stratified over t_range
+    t_range: tuple[float, float] = (0.1, 1.0)  # high times move the composition, low ones texture and noise
     # One eps for all members of a group at a time: advantages sum to 0, so what it adds to every member cancels (as DGPO,
     # arXiv 2510.08425, does; the paper draws one for each).
     shared_noise: bool = False
@@ -40,7 +40,7 @@ class Nft(Algorithm):
             ("reference_beta", config.reference_beta >= 0, "0 or positive"),
             ("old_decay", config.old_decay in (0, 1, 2), "0 (hard copy), 1 (to 0.5) or 2 (to 0.999)"),
             ("times", config.times >= 1, "at least 1"),
-            ("t_min", 0 < config.t_min < 1, "between 0 and 1, e.g. 0.1"),
+            ("t_range", 0 < config.t_range[0] < config.t_range[1] <= 1, "two times in (0, 1], the smaller first"),
             ("updates", config.updates >= 1, "at least 1"),
         ):
             if not good:
@@ -51,9 +51,9 @@ class Nft(Algorithm):
 
     def points(self, chain: Chain, seed: int) -> list[Point]:
         generator = torch.Generator().manual_seed(seed)
-        count, t_min = self.config.times, self.config.t_min
+        count, (low, high) = self.config.times, self.config.t_range
         offsets = torch.rand(count, generator=generator, dtype=torch.float64)
-        times = t_min + (1 - t_min) * (torch.arange(count) + offsets) / count
+        times = low + (high - low) * (torch.arange(count) + offsets) / count
         return [Point(float(t.float()), -1, derive_seed(seed, "nft-point", index)) for index, t in enumerate(times)]
 
     def loss(self, policies: Policies, batch: Batch, point: Point) -> Loss:

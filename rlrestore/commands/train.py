@@ -22,8 +22,11 @@ def run_train(config_path: Path, overrides: list[str]) -> None:
         if _finished(folder, config.run.steps):
             print(f"{folder.path} is complete: {config.run.steps} iterations are done. To go on, raise run.steps.")
             _print_saved(folder)
+            folder.close()
             return
-        print(f"starting {config.placement.kind} placement, {config.engine.kind} engine; log: {folder.path}", flush=True)
+        print(
+            f"starting {config.placement.kind} placement, {config.engine.kind} engine; log: {folder.path}", flush=True
+        )
         run = build_run(config, folder, env)
     except BaseException:
         folder.discard_if_empty()

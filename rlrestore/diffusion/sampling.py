@@ -28,9 +28,7 @@ class Chain:
 
     def step(self, z_t: Tensor, v: Tensor, index: int) -> StepGaussian:
         """The Gaussian of recorded step `index`."""
-        return KERNELS[self.kernel](
-            z_t, v, self.times[index], self.times[index + 1], self.level, self.times[1]
-        )
+        return KERNELS[self.kernel](z_t, v, self.times[index], self.times[index + 1], self.level, self.times[1])
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,9 @@ def sample(
             z = ode_step(z, v, t, chain.times[index + 1])
     if not chain.window:
         return z, None
-    return z, Trajectory(chain, torch.stack(before, 1), torch.stack(after, 1), torch.stack(means, 1), torch.stack(logps, 1))
+    return z, Trajectory(
+        chain, torch.stack(before, 1), torch.stack(after, 1), torch.stack(means, 1), torch.stack(logps, 1)
+    )
 
 
 def replay_step(

@@ -60,5 +60,6 @@ class Engine(ABC):
     def load(self, folder: Path) -> None:
         """The state that `save` wrote at the same world size. Collective."""
 
+    @abstractmethod
     def close(self) -> None:
         """Leave the process group, if any."""

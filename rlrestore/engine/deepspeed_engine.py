@@ -28,14 +28,20 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.tensor_fragment import fragment_address
 
-TRUSTED_GLOBALS = [LossScaler, ZeroStageEnum, fragment_address]  # what DeepSpeed's own optimizer files hold beside tensors
+TRUSTED_GLOBALS = [
+    LossScaler,
+    ZeroStageEnum,
+    fragment_address,
+]  # what DeepSpeed's own optimizer files hold beside tensors
 TAG = "engine"
 
 
 class DeepSpeedEngine(Engine):
     def __init__(self, network: nn.Module, options: EngineOptions, rank: int, world: int):
         if options.precision == "bfloat16" and options.zero == 0:
-            raise ValueError("engine.precision=bfloat16 needs engine.zero >= 1: set engine.zero=1 (works on one rank, too)")
+            raise ValueError(
+                "engine.precision=bfloat16 needs engine.zero >= 1: set engine.zero=1 (works on one rank, too)"
+            )
         self.options, self.rank, self.world = options, rank, world
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -1,8 +1,13 @@
-"""The process group of the trainer ranks, made by us before DeepSpeed looks for one: bounded time-outs, no MPI discovery."""
+"""The process group of the trainer ranks, made by us before DeepSpeed looks for one: bounded time-outs, no MPI discovery.
+
+On one machine (a loopback address) the rendezvous and gloo listen on 127.0.0.1 only; torch's own default is all interfaces.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -10,17 +15,26 @@ import torch.distributed as dist
 
 
 def join_group(rank: int, world: int, address: str, port: int, timeout_s: float, local_rank: int = 0) -> None:
-    """Collective over `world` processes; every collective in it fails after `timeout_s`.
-
-    A process that is a member already, because it builds another learner, stays one.
-    """
-    if dist.is_initialized():
-        assert (dist.get_rank(), dist.get_world_size()) == (rank, world), "this process is in another group"
-        return
+    """Collective over `world` processes; every collective in it fails after `timeout_s`."""
     os.environ.update(
         MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank)
     )
+    timeout = timedelta(seconds=timeout_s)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
+    if not ipaddress.ip_address(address).is_loopback:
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    listen_fd = _loopback_listener(address, port) if rank == 0 else None
+    store = dist.TCPStore(address, port, world, rank == 0, timeout, master_listen_fd=listen_fd)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def _loopback_listener(address: str, port: int) -> int:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    listener.listen(128)
+    return listener.detach()

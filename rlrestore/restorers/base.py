@@ -102,9 +102,7 @@ class Restorer(ABC):
         loss_B = self.flow_matching_error(self.encode(gt_BCHW, condition), condition, t_B, generator)
         return loss_B.mean(), {"flow": float(loss_B.detach().mean())}
 
-    def flow_matching_error(
-        self, z_0: Tensor, condition: Condition, t_B: Tensor, generator: torch.Generator
-    ) -> Tensor:
+    def flow_matching_error(self, z_0: Tensor, condition: Condition, t_B: Tensor, generator: torch.Generator) -> Tensor:
         eps = torch.randn(z_0.shape, generator=generator).to(z_0.device)
         t = t_B.view(-1, *[1] * (z_0.ndim - 1))
         v = self.velocity((1 - t) * z_0 + t * eps, t_B, condition)

@@ -128,7 +128,7 @@ def test_impossible(capsys: pytest.CaptureFixture[str], folder: Path, overrides:
 # Numbers that no reader of the config may find out about in the middle of a run.
 SENSELESS = {
     "nft": [
-        "algorithm.beta=0", "algorithm.old_decay=9", "algorithm.times=0", "algorithm.t_min=1.5", "algorithm.updates=0",
+        "algorithm.beta=0", "algorithm.old_decay=9", "algorithm.times=0", "algorithm.t_range=[0.5,1.5]", "algorithm.updates=0",
         "checkpoint.keep=0", "checkpoint.every=-1", "credit.clamp=0", "engine.betas=[1.5,0.9]", "engine.ema=1.5",
         "engine.grad_clip=-1", "engine.lr=-1", "evaluate.batch=0", "log.image_tasks=0", "reward_budget.max_fraction=2",
         "rewards.ssim_rgb.scale=0", "rewards.ssim_rgb.timeout_s=0", "rewards.ssim_rgb.weight=-1", "run.seed=-1",

@@ -161,18 +161,7 @@ def test_colocated_zero(folder: Path, env: Env, colocated: RayCrew, straight: di
         config = tiny_config(folder, "grpo", options)
         change_engine(colocated, config)
         assert_on_policy(run_two(colocated, config, env), updates)
-    moved = parameters_of(colocated)
-    gaps = torch.cat([(moved[name] - straight[name]).abs().flatten() for name in straight])
-    print(
-        "ZERO",
-        zero,
-        "max",
-        float(gaps.max()),
-        "mean",
-        float(gaps.mean()),
-        "share>1e-5",
-        float((gaps > 1e-5).float().mean()),
-    )
+    assert_same_training(parameters_of(colocated), straight)
 
 
 def test_separate(folder: Path, env: Env, straight: dict[str, Tensor]) -> None:
@@ -185,13 +174,21 @@ def test_separate(folder: Path, env: Env, straight: dict[str, Tensor]) -> None:
     try:
         assert_on_policy(run_two(crew, config, env), 1)
         assert crew.version == 2
-        print("SEPARATE", difference(parameters_of(crew), straight))
+        assert_same_training(parameters_of(crew), straight)
         config = tiny_config(folder, "grpo", [*options, "algorithm.updates=2"])
         change_engine(crew, config)  # the new learner is at version 0
         with pytest.raises(SyncError, match="older than version 2"):
             crew.publish()
     finally:
         crew.close()
+
+
+def assert_same_training(moved: dict[str, Tensor], straight: dict[str, Tensor]) -> None:
+    """After two steps of lr = 1e-3: 99 % of all elements agree to 1 % of a step, and none is off by more than both."""
+    assert moved.keys() == straight.keys()
+    gaps = torch.cat([(moved[name] - straight[name]).abs().flatten() for name in straight])
+    assert float((gaps > 1e-5).float().mean()) < 0.01
+    assert float(gaps.max()) < 4e-3
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
