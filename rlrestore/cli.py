@@ -93,7 +93,7 @@ def _guard(command: Callable[[], None]) -> None:
     try:
         command()
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        print("interrupted; a run continues from its last checkpoint with the same command", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except USER_ERRORS as error:
         print(f"error: {_line(error)}", file=sys.stderr)

@@ -7,6 +7,7 @@ Logging and timing are in `_report` and in the callees, never between the stages
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,6 +217,7 @@ def result_json(
 
 
 def _plain_row(row: MetricRow) -> dict[str, Any]:
-    """For JSON, which has no NaN: what could not be measured (n = 0) is null."""
-    plain = {**dataclasses.asdict(row), "ci95": list(row.ci95)}
-    return {**plain, "base": None, "tuned": None, "delta": None, "ci95": [None, None]} if row.n == 0 else plain
+    """For JSON, which has no NaN: what could not be measured (no score, or too few tasks for an interval) is null."""
+    plain = dataclasses.asdict(row)
+    finite = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in plain.items()}
+    return {**finite, "ci95": [None if math.isnan(bound) else bound for bound in row.ci95]}

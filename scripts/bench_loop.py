@@ -47,7 +47,7 @@ def measure(placement: str, engine: str, algorithm: str, size: int, iterations: 
                 "rollout": {"groups": 8, "samples": 8, "batch": 16},
                 "engine": {"kind": engine, "zero": 2, "micro_batch": 16},
                 "placement": PLACEMENTS[placement],
-                "evaluate": {"tasks": 1, "samples": 1},
+                "evaluate": {"tasks": 2, "samples": 1},
                 "checkpoint": {"every": 0},
             }
         )
