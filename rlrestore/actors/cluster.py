@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+from ray._raylet import Config
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -31,7 +32,7 @@ def start_ray(config: RayConfig, cpus_needed: float) -> None:
             common.pop("include_dashboard")
             ray.init(address=config.address, **common)
             return
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # of this run alone
+        _new_token()
         ray.init(
             num_cpus=max(os.cpu_count() or 1, int(cpus_needed + 0.999)),
             object_store_memory=config.object_store_mb * 2**20,
@@ -40,6 +41,13 @@ def start_ray(config: RayConfig, cpus_needed: float) -> None:
     except Exception as error:  # Ray raises bare ones, e.g. when its node does not start within 30 s
         where = config.address or "this machine"
         raise ClusterError(f"Ray cannot be {'joined' if config.address else 'started'} at {where}: {error}") from error
+
+
+def _new_token() -> None:
+    """A token of this run alone. Ray caches the mode when it is imported, which may have been before our package was."""
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        Config.initialize("")
 
 
 def reserve(placement: PlacementConfig) -> PlacementGroup:
