@@ -58,6 +58,10 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
             raise NonFiniteError(f"the loss is {float(loss.detach())}")
+        # What the engine's own forward would have done: without it, stage 3 takes every backward for the first of its step and
+        # overwrites the gradient instead of adding to it.
+        if hasattr(self.engine.optimizer, "clear_backward_seen_flag"):
+            self.engine.optimizer.clear_backward_seen_flag()
         # DeepSpeed averages gradients over ranks; the contract is their sum.
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
 

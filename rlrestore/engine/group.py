@@ -15,7 +15,10 @@ import torch.distributed as dist
 
 
 def join_group(rank: int, world: int, address: str, port: int, timeout_s: float, local_rank: int = 0) -> None:
-    """Collective over `world` processes; every collective in it fails after `timeout_s`."""
+    """Collective over `world` processes; every collective in it fails after `timeout_s`. An existing membership is kept."""
+    if dist.is_initialized():
+        assert (dist.get_rank(), dist.get_world_size()) == (rank, world), "this process is in another group already"
+        return
     os.environ.update(
         MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank)
     )
