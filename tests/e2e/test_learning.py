@@ -22,23 +22,23 @@ from rlrestore.statistics import bootstrap_ci
 
 CONFIG = """
 run: {{name: {name}, dir: {folder}, seed: 0, steps: {steps}}}
-env: {{kind: photos, size: 64, recipe: mild}}
+env: {{kind: photos, size: 96, recipe: mild}}
 restorer: {{kind: embedded}}
 algorithm: {{kind: {algorithm}{options}}}
 rewards:
   nss: {{weight: 1.0}}
-  low_frequency: {{weight: 1.0}}
-  consistency: {{weight: 1.0}}
+  low_frequency: {{weight: 1.0, scale: 5.0e-4}}
+  consistency: {{weight: 1.0, scale: 4.0e-5}}
 credit: {{shuffle: {shuffle}}}
-rollout: {{groups: 4, samples: 8, batch: 16}}
-sampling: {{steps: 8, window: 3, window_range: [0, 4]}}
+rollout: {{groups: 8, samples: 8, batch: 16}}
+sampling: {{window: 3, window_range: [0, 4], temperature: {temperature}}}
 engine: {{lr: {lr}, micro_batch: 16}}
 evaluate: {{tasks: 24, samples: 4, batch: 32, gold: {{psnr_rgb: {{}}, ssim_rgb: {{}}}}}}
 checkpoint: {{every: 1000}}
 """
-RUNS = {  # algorithm -> its options, learning rate, iterations
-    "grpo": (", updates: 2", 3e-4, 30),
-    "nft": (", beta: 0.1, old_decay: 0", 3e-4, 20),
+RUNS = {  # algorithm -> its options, temperatures, learning rate, iterations; nft is the quickstart's
+    "grpo": (", updates: 2", "[1.0, 1.0]", 3e-5, 20),
+    "nft": (", times: 3, old_decay: 0, shared_noise: true", "[0.4, 1.0]", 3e-5, 20),
 }
 
 pytestmark = [
@@ -54,10 +54,17 @@ class Outcome:
 
 
 def outcome(folder: Path, algorithm: str, shuffle: bool) -> Outcome:
-    options, lr, steps = RUNS[algorithm]
+    options, temperature, lr, steps = RUNS[algorithm]
     name = f"{algorithm}_{'control' if shuffle else 'true'}"
     text = CONFIG.format(
-        name=name, folder=folder, steps=steps, algorithm=algorithm, options=options, shuffle=str(shuffle).lower(), lr=lr
+        name=name,
+        folder=folder,
+        steps=steps,
+        algorithm=algorithm,
+        options=options,
+        shuffle=str(shuffle).lower(),
+        lr=lr,
+        temperature=temperature,
     )
     (folder / f"{name}.yaml").write_text(text)
     config = load_train_config(folder / f"{name}.yaml")
