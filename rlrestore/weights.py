@@ -46,7 +46,8 @@ def receive(published: Published, network: nn.Module, names: Collection[str], cu
     unknown, absent = tensors.keys() - set(names), set(names) - tensors.keys()
     if unknown or absent:
         raise SyncError(f"weights do not fit this network: unknown {sorted(unknown)[:3]}, missing {sorted(absent)[:3]}")
-    for name, value in tensors.items():
+    for name in sorted(names):  # an error names the same one each time; safetensors has no fixed order
+        value = tensors[name]
         if value.shape != own[name].shape:
             raise SyncError(
                 f"weights do not fit this network: {name} is {tuple(value.shape)}, not {tuple(own[name].shape)}"
