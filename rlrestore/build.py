@@ -312,16 +312,19 @@ def build_crew(config: TrainConfig, times: StageTimes) -> Crew:
     return RayCrew(recipe, terms, tuple(config.rewards), config.placement, config.ray, times)
 
 
+def build_evaluation(config: TrainConfig, env: Env) -> Evaluation:
+    return Evaluation(
+        env.held_out(config.evaluate.tasks), Rubric(list(all_terms(config).values())),
+        evaluation_chain(config.sampling), config.evaluate.samples, config.evaluate.batch, config.log.image_tasks,
+    )  # fmt: skip
+
+
 def build_run(config: TrainConfig, folder: RunDir, env: Env) -> Run:
     """Everything of a run, brought to where its checkpoint left it. The caller closes `run.crew`."""
     torch.manual_seed(config.run.seed)  # nothing draws from the global generator; this makes a mistake repeatable
     times = StageTimes()
     rubric = Rubric(list(config.rewards.values()))
-    watched = Rubric(list(all_terms(config).values()))
-    evaluation = Evaluation(
-        env.held_out(config.evaluate.tasks), watched, evaluation_chain(config.sampling), config.evaluate.samples,
-        config.evaluate.batch, config.log.image_tasks,
-    )  # fmt: skip
+    evaluation = build_evaluation(config, env)
     budget = FailureBudget(
         config.reward_budget.max_fraction, config.reward_budget.window, config.reward_budget.min_scores
     )

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from envs.types import Task
-from rewards.base import RewardSpec
 from rewards.rubric import Rubric
 from rlrestore.crew import Crew, Scored
 from rlrestore.diffusion.sampling import Chain
@@ -126,7 +125,7 @@ def _row(base: Tensor, tuned: Tensor, role: str, higher_is_better: bool) -> Metr
     )
 
 
-def table(rows: Mapping[str, MetricRow], specs: Mapping[str, RewardSpec] | None = None) -> str:
+def table(rows: Mapping[str, MetricRow]) -> str:
     """The rows as text, aligned for a terminal."""
     header = ("metric", "role", "base", "tuned", "delta", "95% interval", "n", "")
     body = [

@@ -194,26 +194,36 @@ def resume(run: Run) -> None:
 
 def _finish(run: Run, base: Measured, clock: Clock) -> dict[str, MetricRow]:
     rows, picture = _evaluate(run, base, run.config.run.steps)
-    run.folder.write_result(result_json(run, rows, clock.total_s(), clock.stage_seconds, clock.efficiency()))
+    config = run.config
+    result = result_json(config, rows, config.run.steps, clock.total_s(), clock.stage_seconds, clock.efficiency())
+    run.folder.write_result(result)
     run.folder.write_facts(samples=picture, exit="done")
     run.log.close()
     return rows
 
 
 def result_json(
-    run: Run, rows: dict[str, MetricRow], wall_s: float, stages_s: dict[str, float], efficiency: float
+    config: TrainConfig,
+    rows: dict[str, MetricRow],
+    iterations: int,
+    wall_s: float,
+    stages_s: dict[str, float],
+    efficiency: float,
 ) -> dict[str, Any]:
-    """The contract of result.json: keep it stable, others read it."""
-    rollout = run.config.rollout
+    """The contract of result.json: keep it stable, others read it. `iterations` made the tuned weights."""
     return {
         "metrics": {name: _plain_row(row) for name, row in rows.items()},
-        "images": run.config.run.steps * rollout.groups * rollout.samples,
+        "images": images_trained(config, iterations),
         "wall_s": wall_s,
         "stages_s": stages_s,
         "efficiency": efficiency,
         "versions": versions(),
-        "seed": run.config.run.seed,
+        "seed": config.run.seed,
     }
+
+
+def images_trained(config: TrainConfig, iterations: int) -> int:
+    return iterations * config.rollout.groups * config.rollout.samples
 
 
 def _plain_row(row: MetricRow) -> dict[str, Any]:

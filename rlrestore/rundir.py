@@ -13,12 +13,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 from rlrestore.checkpoint import (
     CheckpointError,
+    Rejected,
     find_latest,
     read_json,
     remove_stale,
@@ -42,7 +43,7 @@ class RunDir:
 
     path: Path
     resume_from: Path | None  # a verified checkpoint, or None to start at 0
-    lock: Any
+    lock: TextIO
     created: bool
 
     def write_config(self, config: Any) -> None:
@@ -86,16 +87,9 @@ def open_run(run: RunConfig, config: Any) -> RunDir:
     try:
         created = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a")
     except OSError as error:
-        raise ConfigError(
-            f"cannot write to {path}: {error.strerror}; choose another place with run.dir=FOLDER"
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise ConfigError(f"{path} is in use by another process; wait for it, or choose another run.name") from error
+        raise _unwritable(path, error) from error
+    lock = _lock(path)
     opened = RunDir(path, None, lock, created)
     try:
         opened.resume_from = _start_or_resume(run, config, path, created)
@@ -103,6 +97,39 @@ def open_run(run: RunConfig, config: Any) -> RunDir:
         opened.discard_if_empty()
         raise
     return opened
+
+
+def open_existing(run: RunConfig) -> RunDir:
+    """Lock a run that is there, to read it and to add to it; ConfigError if it is not there or is being trained."""
+    path = Path(run.dir) / run.name
+    if not path.is_dir():
+        raise ConfigError(f"{path} does not exist: train it first with rlrestore train, or set run.name and run.dir")
+    return RunDir(path, None, _lock(path), created=False)
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[Rejected]]:
+    """`checkpoint.find_latest`, saying of each checkpoint that it passes over why."""
+    folder, rejected = find_latest(run_dir)
+    for candidate in rejected:
+        print(f"checkpoint {candidate.path.name} is not used: {candidate.reason}", file=sys.stderr)
+    return folder, rejected
+
+
+def _lock(path: Path) -> TextIO:
+    try:
+        lock = (path / ".lock").open("a")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise ConfigError(f"{path} is in use by another process; wait for it, or choose another run.name") from error
+    return lock
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot write to {path}: {error.strerror}; choose another place with run.dir=FOLDER")
 
 
 def _start_or_resume(run: RunConfig, config: Any, path: Path, created: bool) -> Path | None:
@@ -119,9 +146,8 @@ def _start_or_resume(run: RunConfig, config: Any, path: Path, created: bool) -> 
         _clear(path)  # a run that died before its first checkpoint: nothing in it can be continued
     if folder is not None:
         _refuse_changes(path / "config.resolved.yaml", config)
-        set_aside(
-            path, int(folder.name.removeprefix("step_"))
-        )  # damaged or abandoned later ones never win over new ones
+        # damaged or abandoned later ones never win over new ones
+        set_aside(path, int(folder.name.removeprefix("step_")))
     return folder
 
 
@@ -130,9 +156,7 @@ def _checkpoint_to_resume(run: RunConfig, path: Path) -> Path | None:
         return None
     if run.resume != "auto":
         return Path(run.resume)  # verified before anything was made
-    folder, rejected = find_latest(path)
-    for candidate in rejected:
-        print(f"checkpoint {candidate.path.name} is not used: {candidate.reason}", file=sys.stderr)
+    folder, rejected = newest_checkpoint(path)
     if rejected and folder is None:
         raise ConfigError(
             f"no checkpoint of {path} can be used ({rejected[0].reason}); start anew with run.resume=never run.overwrite=true, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,13 @@ class Policies:
     def reference_velocity(self, z_t: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
         assert self.reference is not None, "the algorithm uses a reference that its Needs do not declare"
         return self.restorer.velocity(z_t, t_B, condition, self.reference)
+
+
+def check_options(config: Any, *rules: tuple[str, bool, str]) -> None:
+    """ValueError for the first (key, whether it is good, what is wanted) that is not good."""
+    for key, good, wanted in rules:
+        if not good:
+            raise ValueError(f"algorithm.{key}={getattr(config, key)} must be {wanted}")
 
 
 class Algorithm(ABC):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlrestore.algorithms.base import Algorithm, Batch, Loss, Needs, Point, Policies
+from rlrestore.algorithms.base import Algorithm, Batch, Loss, Needs, Point, Policies, check_options
 from rlrestore.algorithms.objectives import clip_flags_N, ppo_clip_loss_N
 from rlrestore.diffusion.kernels import gaussian_kl_mean, gaussian_logp_mean, log_ratio_mean
 from rlrestore.diffusion.sampling import Chain, replay_step
@@ -23,16 +23,16 @@ CLIP_LATENT_SIZE = 65536  # latent elements that `clip_range` is stated for: SD3
 
 @dataclass
 class GrpoConfig:
-    clip_range: float = (
-        1e-5  # e for a latent of 65536 elements; scaled by sqrt(65536 / D) for D (Flow-GRPO-Fast's value)
-    )
+    # e for a latent of 65536 elements; scaled by sqrt(65536 / D) for D (Flow-GRPO-Fast's value)
+    clip_range: float = 1e-5
     kl_beta: float = 0.0  # weight of the exact KL to the frozen start, a latent element
     updates: int = 2  # optimiser steps an iteration; all but the first are off-policy
 
 
 class Grpo(Algorithm):
     def __init__(self, config: GrpoConfig):
-        for key, good, wanted in (
+        check_options(
+            config,
             (
                 "clip_range",
                 0 < config.clip_range <= 0.01,
@@ -40,9 +40,7 @@ class Grpo(Algorithm):
             ),
             ("kl_beta", config.kl_beta >= 0, "0 or positive"),
             ("updates", config.updates >= 1, "at least 1"),
-        ):
-            if not good:
-                raise ValueError(f"algorithm.{key}={getattr(config, key)} must be {wanted}")
+        )
         self.config = config
         self.needs = Needs(trajectory=True, reference=config.kl_beta > 0)
         self.updates = config.updates

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlrestore.algorithms.base import Algorithm, Batch, Loss, Needs, Point, Policies
+from rlrestore.algorithms.base import Algorithm, Batch, Loss, Needs, Point, Policies, check_options
 from rlrestore.algorithms.objectives import nft_loss_N, nft_old_decay, velocity_mse_N
 from rlrestore.diffusion.sampling import Chain, seeded_noise
 from rlrestore.seeds import derive_seed
@@ -35,16 +35,15 @@ class NftConfig:
 
 class Nft(Algorithm):
     def __init__(self, config: NftConfig):
-        for key, good, wanted in (
+        check_options(
+            config,
             ("beta", config.beta > 0, "positive; published values are 1 and 0.1 (smaller is bolder)"),
             ("reference_beta", config.reference_beta >= 0, "0 or positive"),
             ("old_decay", config.old_decay in (0, 1, 2), "0 (hard copy), 1 (to 0.5) or 2 (to 0.999)"),
             ("times", config.times >= 1, "at least 1"),
             ("t_range", 0 < config.t_range[0] < config.t_range[1] <= 1, "two times in (0, 1], the smaller first"),
             ("updates", config.updates >= 1, "at least 1"),
-        ):
-            if not good:
-                raise ValueError(f"algorithm.{key}={getattr(config, key)} must be {wanted}")
+        )
         self.config = config
         self.needs = Needs(old_policy=True, reference=config.reference_beta > 0)
         self.updates = config.updates

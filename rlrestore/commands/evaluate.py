@@ -7,12 +7,9 @@ the checkpoints, config.resolved.yaml and run.json stay as they are, so the run 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +18,15 @@ import yaml
 
 from envs.base import Env
 from envs.types import Task
-from rewards.rubric import Rubric
-from rlrestore.build import all_terms, build_crew, check_parts, load_train_config
-from rlrestore.checkpoint import find_latest, read_json, read_manifest, verify
+from rlrestore.build import build_crew, build_evaluation, check_parts, load_train_config
+from rlrestore.checkpoint import read_json, read_manifest, verify
 from rlrestore.config import ConfigError, TrainConfig, plain
 from rlrestore.crew import StageTimes
 from rlrestore.evaluate import Evaluation, Measured, MetricRow, compare, table
+from rlrestore.loop import images_trained, result_json
 from rlrestore.pictures import to_pil
 from rlrestore.quiet import quiet
-from rlrestore.rundir import RunDir, versions
-from rlrestore.stages import evaluation_chain
+from rlrestore.rundir import newest_checkpoint, open_existing
 
 # What the checkpoint's files and the meaning of base and tuned depend on; all else may differ from the run.
 FIXED_KEYS = (
@@ -42,7 +38,7 @@ FEW_PHOTOS = 10  # below it a bootstrap interval is too narrow (rlrestore.statis
 def run_evaluate(config_path: Path, overrides: list[str], checkpoint: Path | None) -> None:
     quiet()
     config = load_train_config(config_path, overrides)
-    with _existing_run(config) as folder:
+    with contextlib.closing(open_existing(config.run)) as folder:
         source = _checkpoint(folder.path, checkpoint)
         _refuse_changes(folder.path / "config.resolved.yaml", config, source)
         env = check_parts(config)
@@ -76,24 +72,6 @@ def caveats(tasks: list[Task]) -> list[str]:
 # -- the run that is there -----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _existing_run(config: TrainConfig) -> Iterator[RunDir]:
-    """The run directory, locked against a training that would replace checkpoints under our hands."""
-    path = Path(config.run.dir) / config.run.name
-    if not path.is_dir():
-        raise ConfigError(f"{path} does not exist: train it first with rlrestore train, or set run.name and run.dir")
-    try:
-        lock = (path / ".lock").open("a")
-    except OSError as error:
-        raise ConfigError(f"cannot write to {path}: {error.strerror}; result.json goes there") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"{path} is in use by another process (a training?); wait for it to end") from error
-        yield RunDir(path, None, lock, created=False)
-
-
 def _checkpoint(run: Path, given: Path | None) -> Path:
     """A verified checkpoint: the given one, or the run's newest."""
     if given is not None:
@@ -101,9 +79,7 @@ def _checkpoint(run: Path, given: Path | None) -> Path:
             raise ConfigError(f"--checkpoint {given} is not a folder; give one such as {run}/checkpoints/step_000010")
         verify(given)
         return given
-    newest, rejected = find_latest(run)
-    for candidate in rejected:
-        print(f"checkpoint {candidate.path.name} is not used: {candidate.reason}", file=sys.stderr)
+    newest, _ = newest_checkpoint(run)
     if newest is None:
         raise ConfigError(f"{run} has no complete checkpoint: train it first, with rlrestore train and the same config")
     return newest
@@ -137,10 +113,7 @@ def _at(data: Any, key: str) -> Any:
 def _measure(config: TrainConfig, env: Env, source: Path) -> tuple[Evaluation, Measured, Measured, dict[str, float]]:
     """Both weights on the same tasks and noise, and the seconds of each."""
     torch.manual_seed(config.run.seed)
-    evaluation = Evaluation(
-        env.held_out(config.evaluate.tasks), Rubric(list(all_terms(config).values())),
-        evaluation_chain(config.sampling), config.evaluate.samples, config.evaluate.batch, config.log.image_tasks,
-    )  # fmt: skip
+    evaluation = build_evaluation(config, env)
     crew = build_crew(config, StageTimes())
     try:
         crew.load(source)
@@ -162,18 +135,12 @@ def _result(
     Stages and efficiency of the training are known if the run's own result.json is of the same number of images.
     """
     state = read_json(source / "loop.json")
-    images = state["iteration"] * config.rollout.groups * config.rollout.samples
     known = read_json(run / "result.json") if (run / "result.json").is_file() else {}
-    trained = known if known.get("images") == images else {}
-    return {
-        "metrics": {name: {**vars(row), "ci95": list(row.ci95)} for name, row in rows.items()},
-        "images": images,
-        "wall_s": trained.get("wall_s", state["seconds"]),
-        "stages_s": {**trained.get("stages_s", {}), **seconds},
-        "efficiency": trained.get("efficiency", 0.0),
-        "versions": versions(),
-        "seed": config.run.seed,
-    }
+    trained = known if known.get("images") == images_trained(config, state["iteration"]) else {}
+    return result_json(
+        config, rows, state["iteration"], trained.get("wall_s", state["seconds"]),
+        {**trained.get("stages_s", {}), **seconds}, trained.get("efficiency", 0.0),
+    )  # fmt: skip
 
 
 def _write_grid(run: Path, step: int, picture: torch.Tensor) -> Path:

@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from envs.images import SUFFIXES, checked_size, image_files, load_rgb, open_image
 from rlrestore.build import RESTORERS, best_device, build_restorer
-from rlrestore.checkpoint import MANIFEST, find_latest, verify
+from rlrestore.checkpoint import MANIFEST, verify
 from rlrestore.config import Plugin
 from rlrestore.errors import InputError
 from rlrestore.quiet import quiet
 from rlrestore.restoration import check_tiling, restore_pixels, tile_count
 from rlrestore.restorers.base import Restorer
+from rlrestore.rundir import newest_checkpoint
 
 # What is written, by suffix: Pillow's format, whether it has an alpha channel, its longest side.
 OUTPUTS = {
@@ -161,9 +162,7 @@ def weights_folder(checkpoint: Path) -> Path:
     if _has_weights(checkpoint):
         return checkpoint
     if (checkpoint / "checkpoints").is_dir():
-        newest, rejected = find_latest(checkpoint)
-        for candidate in rejected:
-            print(f"checkpoint {candidate.path.name} is not used: {candidate.reason}", file=sys.stderr)
+        newest, _ = newest_checkpoint(checkpoint)
         if newest is None:
             raise InputError(f"--checkpoint {checkpoint}: this run has no complete checkpoint yet")
         checkpoint = newest
