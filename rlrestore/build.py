@@ -25,6 +25,7 @@ from rlrestore.config import (
     FinetuneConfig,
     Plugin,
     PluginSchemas,
+    RegulariseConfig,
     TrainConfig,
     read_yaml,
     typed,
@@ -108,6 +109,10 @@ def _check_numbers(config: TrainConfig) -> None:
     for key, value, good, wanted in (
         ("run.seed", config.run.seed, config.run.seed >= 0, "0 or positive"),
         ("sampling.shift", config.sampling.shift, config.sampling.shift > 0, "positive; 1 is no shift"),
+        *(
+            (f"regularise.{key}", weight, weight >= 0, "0 or positive")
+            for key, weight in vars(config.regularise).items()
+        ),
         ("credit.clamp", config.credit.clamp, config.credit.clamp > 0, "positive, e.g. 5"),
         ("engine.lr", engine.lr, engine.lr > 0, "positive, e.g. 1e-4"),
         (
@@ -275,6 +280,7 @@ class LearnerRecipe:
     ema_cap: float
     max_staleness: int
     trainable: tuple[str, ...]
+    regularise: RegulariseConfig
 
     @staticmethod
     def of(config: TrainConfig) -> LearnerRecipe:
@@ -285,7 +291,7 @@ class LearnerRecipe:
         )  # fmt: skip
         return LearnerRecipe(
             config.restorer, config.algorithm, engine.kind, options, engine.warmup, engine.ema,
-            config.placement.max_staleness, engine.trainable,
+            config.placement.max_staleness, engine.trainable, config.regularise,
         )  # fmt: skip
 
     def build(self, rank: int = 0, world: int = 1) -> Learner:
@@ -296,6 +302,7 @@ class LearnerRecipe:
             build_restorer(self.restorer).to(best_device()), build_algorithm(self.algorithm), make_engine,
             lr=self.options.lr, warmup=self.warmup, ema_cap=self.ema_cap,
             micro_batch=self.options.micro_batch, max_staleness=self.max_staleness, trainable=self.trainable,
+            regularise=self.regularise,
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -76,6 +76,18 @@ class CreditConfig:
     min_valid: int = 0  # fewer valid rollouts drop the group; 0 means max(2, K / 2)
     min_spread: float = 0.0  # groups whose fused spread is below this (in reward scales) are dropped
     shuffle: bool = False  # control experiment: permute rewards inside each group before credit
+
+
+@dataclass
+class RegulariseConfig:
+    """Weights of what keeps the policy near its start (`regularisers.py`); 0 switches a penalty off."""
+
+    velocity: float = 0.0  # of mean_d (v - v_ref)^2; DiffusionNFT (arXiv 2509.16117) uses 1e-4
+    low_frequency: float = 0.0  # of the shift of brightness and colour on large scales, pixels in [0, 1]
+
+    @property
+    def active(self) -> bool:
+        return self.velocity > 0 or self.low_frequency > 0
 
 
 @dataclass
@@ -158,6 +170,7 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
+    regularise: RegulariseConfig = field(default_factory=RegulariseConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     ray: RayConfig = field(default_factory=RayConfig)
@@ -171,6 +184,7 @@ class TrainConfig:
 class OptimiserConfig:
     """Supervised training."""
 
+    modules: tuple[str, ...] = ()  # networks to train, the others stay frozen; empty: all that the restorer has
     batch: int = 16
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
@@ -228,19 +242,19 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 def typed(schema: type, data: Mapping[str, Any], plugins: PluginSchemas, where: str) -> Any:
     """Plain data -> `schema`, with plug-in sections resolved by their `kind`."""
-    names = {item.name: item for item in dataclasses.fields(schema)}
+    types = get_type_hints(schema)
     for key in data:
-        if key not in names:
-            raise ConfigError(f"{where}: unknown section '{key}'.{_nearest(key, names)}")
+        if key not in types:
+            raise ConfigError(f"{where}: unknown section '{key}'.{_nearest(key, types)}")
     values: dict[str, Any] = {}
-    for name, item in names.items():
+    for name in types:
         given = data.get(name)
         if name == "rewards":
             values[name] = _terms(given, f"{where}: rewards", "reward")
         elif name in plugins:
             values[name] = _plugin(given, plugins[name], f"{where}: {name}")
         else:
-            values[name] = _section(_section_class(schema, item), given or {}, f"{where}: {name}")
+            values[name] = _section(types[name], given or {}, f"{where}: {name}")
     if schema is TrainConfig:
         values["evaluate"].gold = _terms(values["evaluate"].gold, f"{where}: evaluate.gold", "gold")
     return schema(**values)
@@ -276,24 +290,6 @@ def dump(config: Any) -> str:
 def config_hash(config: Any) -> str:
     """sha256 of the resolved config: equal hashes mean equal runs."""
     return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()
-
-
-def _section_class(schema: type, item: dataclasses.Field) -> type:
-    resolved = {
-        "run": RunConfig,
-        "sampling": SamplingConfig,
-        "rollout": RolloutConfig,
-        "credit": CreditConfig,
-        "engine": EngineConfig,
-        "placement": PlacementConfig,
-        "ray": RayConfig,
-        "reward_budget": RewardBudgetConfig,
-        "evaluate": FinetuneEvaluateConfig if schema is FinetuneConfig else EvaluateConfig,
-        "checkpoint": CheckpointConfig,
-        "log": LogConfig,
-        "optimiser": OptimiserConfig,
-    }
-    return resolved[item.name]
 
 
 def _section(schema: type, data: Any, where: str) -> Any:

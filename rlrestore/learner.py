@@ -17,13 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlrestore.algorithms.base import Algorithm, Batch, Loss, Policies
+from rlrestore.algorithms.base import Algorithm, Batch, Loss, Point, Policies
 from rlrestore.algorithms.objectives import ema_decay
 from rlrestore.checkpoint import load_tensors, read_json, save_tensors, write_json_atomic
+from rlrestore.config import RegulariseConfig
 from rlrestore.diffusion.sampling import Chain
 from rlrestore.engine.base import Engine
 from rlrestore.lr import warmup_factor
 from rlrestore.optimiser import Ema, select_trainable
+from rlrestore.regularisers import penalties
 from rlrestore.restorers.base import Restorer
 from rlrestore.rollout import Sampler
 from rlrestore.types import Chunk, Images, Latents, ProbeReport, UpdateReport, UpdateRequest, plan_updates
@@ -47,10 +49,12 @@ class Learner:
         micro_batch: int,
         max_staleness: int,
         trainable: Sequence[str] = (),
+        regularise: RegulariseConfig | None = None,
     ):
         self.restorer, self.algorithm, self.sampler = restorer, algorithm, Sampler(restorer)
         self.lr, self.warmup, self.ema_cap = lr, warmup, ema_cap
         self.micro_batch, self.max_staleness = micro_batch, max_staleness
+        self.regularise = regularise or RegulariseConfig()
         network = restorer.denoiser
         names = set(select_trainable(network, trainable))
         # Copies are made before the engine may partition the network. All dicts of weights hold the trainable ones only:
@@ -59,7 +63,8 @@ class Learner:
         self.frozen = {name: value.detach().clone() for name, value in network.named_parameters() if name not in names}
         self.scratch = copy.deepcopy(network).requires_grad_(False)  # evaluation weights are swapped in here
         self.old = copy.deepcopy(network).requires_grad_(False) if algorithm.needs.old_policy else None
-        self.reference = copy.deepcopy(network).requires_grad_(False) if algorithm.needs.reference else None
+        needs_reference = algorithm.needs.reference or self.regularise.active
+        self.reference = copy.deepcopy(network).requires_grad_(False) if needs_reference else None
         self.engine = make_engine(network)
         self.ema = Ema(self.engine.full_parameters())
         self.old_shadow = Ema(self.engine.full_parameters()) if self.old is not None else None
@@ -135,7 +140,7 @@ class Learner:
             for position, first, last in micro_batches:
                 batch = self._batch(request, position, slice(first, last))
                 for point in points:
-                    loss = self.algorithm.loss(self.policies, batch, point)
+                    loss = self._loss(self.policies, batch, point)
                     value = (loss.value_B * batch.weight_B).sum() / (total * len(points))
                     self.engine.backward(value)
                     _add(sums, maxima, loss, batch.weight_B, on_policy)
@@ -149,6 +154,15 @@ class Learner:
             {name: (value, weight) for name, (value, weight) in sums.items()},
             maxima, tuple(grad_norms), lr, skipped, time.perf_counter() - start,
         )  # fmt: skip
+
+    def _loss(self, policies: Policies, batch: Batch, point: Point) -> Loss:
+        """The algorithm's loss plus the penalties of `regularise`."""
+        loss = self.algorithm.loss(policies, batch, point)
+        value_B, metrics = loss.value_B, dict(loss.metrics)
+        for name, (weight, penalty_B) in penalties(self.regularise, policies, batch, loss.visit).items():
+            value_B = value_B + weight * penalty_B
+            metrics[f"regularise_{name}"] = penalty_B.detach()
+        return replace(loss, value_B=value_B, metrics=metrics)
 
     def _batch(self, request: UpdateRequest, position: int, rows: slice) -> Batch:
         chunk = request.chunks[position]
@@ -196,7 +210,7 @@ class Learner:
             self.sampler.sample(chunk, chain, self.scratch, 0, "")
             sample_s.append(time.perf_counter() - start)
             start = time.perf_counter()
-            self.algorithm.loss(policies, batch, points[0]).value_B.mean().backward()
+            self._loss(policies, batch, points[0]).value_B.mean().backward()
             train_s.append(time.perf_counter() - start)
             self.scratch.zero_grad(set_to_none=True)
         self.scratch.requires_grad_(False)

@@ -47,10 +47,20 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Visit:
+    """Where the current policy was asked, and what it said: regularisers work on this."""
+
+    z_t: Tensor  # [B, *latent] float32
+    t_B: Tensor  # [B] float32
+    v: Tensor  # [B, *latent] float32, with its gradient
+
+
+@dataclass(frozen=True)
 class Loss:
     value_B: Tensor  # [B] the loss a sample, before masks and means
     metrics: dict[str, Tensor]  # name -> [B] detached, averaged over kept samples by the learner
     extremes: dict[str, Tensor]  # name -> [B] detached, of which the learner takes the maximum over kept samples
+    visit: Visit
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from rlrestore.algorithms.base import Algorithm, Batch, Loss, Needs, Point, Policies, check_options
+from rlrestore.algorithms.base import Algorithm, Batch, Loss, Needs, Point, Policies, Visit, check_options
 from rlrestore.algorithms.objectives import clip_flags_N, ppo_clip_loss_N
 from rlrestore.diffusion.kernels import gaussian_kl_mean, gaussian_logp_mean, log_ratio_mean
-from rlrestore.diffusion.sampling import Chain, replay_step
+from rlrestore.diffusion.sampling import Chain
 
 CLIP_LATENT_SIZE = 65536  # latent elements that `clip_range` is stated for: SD3 at 512 px
 
@@ -51,7 +51,10 @@ class Grpo(Algorithm):
     def loss(self, policies: Policies, batch: Batch, point: Point) -> Loss:
         trajectory = batch.trajectory
         assert trajectory is not None
-        gaussian = replay_step(policies.restorer, batch.condition, trajectory, point.position, policies.current)
+        z_t, step = trajectory.z_NS[:, point.position], trajectory.chain.window[point.position]
+        t_B = torch.full((len(z_t),), point.t, device=z_t.device)
+        v = policies.velocity(z_t, t_B, batch.condition)
+        gaussian = trajectory.chain.step(z_t, v, step)
         mean_old = trajectory.mean_NS[:, point.position]
         log_ratio = log_ratio_mean(gaussian.mean, mean_old, trajectory.z_next_NS[:, point.position], gaussian.std)
         clip = self.config.clip_range * math.sqrt(CLIP_LATENT_SIZE / gaussian.mean[0].numel())
@@ -65,10 +68,8 @@ class Grpo(Algorithm):
             "clip_frac_blocked": flags.blocked_N,
         }
         if self.config.kl_beta > 0:
-            z_t = trajectory.z_NS[:, point.position]
-            t_B = torch.full((len(z_t),), point.t, device=z_t.device)
             v_reference = policies.reference_velocity(z_t, t_B, batch.condition)
-            reference = trajectory.chain.step(z_t, v_reference, trajectory.chain.window[point.position])
+            reference = trajectory.chain.step(z_t, v_reference, step)
             kl = gaussian_kl_mean(gaussian.mean, reference.mean, gaussian.std)
             loss = loss + self.config.kl_beta * kl
             metrics["kl_reference"] = kl.detach()
@@ -77,4 +78,4 @@ class Grpo(Algorithm):
             "ratio_deviation_max": torch.expm1(log_ratio.detach()).abs(),
             "logp_deviation_max": (logp - trajectory.logp_NS[:, point.position]).abs(),
         }
-        return Loss(loss, metrics, extremes)
+        return Loss(loss, metrics, extremes, Visit(z_t, t_B, v))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlrestore.algorithms.base import Algorithm, Batch, Loss, Needs, Point, Policies, check_options
+from rlrestore.algorithms.base import Algorithm, Batch, Loss, Needs, Point, Policies, Visit, check_options
 from rlrestore.algorithms.objectives import nft_loss_N, nft_old_decay, velocity_mse_N
 from rlrestore.diffusion.sampling import Chain, seeded_noise
 from rlrestore.seeds import derive_seed
@@ -22,7 +22,6 @@ from rlrestore.seeds import derive_seed
 @dataclass
 class NftConfig:
     beta: float = 1.0  # b
-    reference_beta: float = 0.0  # weight of mean (v - v_reference)^2; the paper uses 1e-4
     old_decay: int = 1  # 0 hard copy | 1 ramp to 0.5 by 0.001 a step | 2 delayed ramp to 0.999
     times: int = 4  # points of the forward process a sample is trained at, stratified over t_range
     t_range: tuple[float, float] = (0.1, 1.0)  # high times move the composition, low ones texture and noise
@@ -38,14 +37,13 @@ class Nft(Algorithm):
         check_options(
             config,
             ("beta", config.beta > 0, "positive; published values are 1 and 0.1 (smaller is bolder)"),
-            ("reference_beta", config.reference_beta >= 0, "0 or positive"),
             ("old_decay", config.old_decay in (0, 1, 2), "0 (hard copy), 1 (to 0.5) or 2 (to 0.999)"),
             ("times", config.times >= 1, "at least 1"),
             ("t_range", 0 < config.t_range[0] < config.t_range[1] <= 1, "two times in (0, 1], the smaller first"),
             ("updates", config.updates >= 1, "at least 1"),
         )
         self.config = config
-        self.needs = Needs(old_policy=True, reference=config.reference_beta > 0)
+        self.needs = Needs(old_policy=True)
         self.updates = config.updates
 
     def points(self, chain: Chain, seed: int) -> list[Point]:
@@ -67,11 +65,7 @@ class Nft(Algorithm):
             "matching_error": velocity_mse_N(v.detach(), eps - batch.z_0),
             "z0_rms": batch.z_0.square().flatten(1).mean(1).sqrt(),
         }
-        if self.config.reference_beta > 0:
-            deviation = velocity_mse_N(v, policies.reference_velocity(z_t, t_B, batch.condition))
-            loss = loss + self.config.reference_beta * deviation
-            metrics["reference_deviate"] = deviation.detach()
-        return Loss(loss, metrics, {})
+        return Loss(loss, metrics, {}, Visit(z_t, t_B, v))
 
     def _noise(self, batch: Batch, point: Point) -> Tensor:
         """[B, *latent], a function of the point and of each row, whichever rank and micro-batch it is in."""
