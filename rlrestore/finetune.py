@@ -36,6 +36,7 @@ class Supervised:
     """What training moves; saved and loaded whole."""
 
     restorer: Restorer
+    modules: dict[str, nn.Module]
     parameters: dict[str, nn.Parameter]
     optimiser: torch.optim.Optimizer
     ema: Ema
@@ -76,13 +77,18 @@ def finetune(
 
 
 def _start(restorer: Restorer, options: OptimiserConfig) -> Supervised:
+    known = restorer.supervised_modules()
+    chosen = options.modules or tuple(known)
+    if unknown := set(chosen) - set(known):
+        raise ValueError(f"optimiser.modules: this restorer has {sorted(known)}, not {sorted(unknown)}")
+    for module in known.values():
+        module.requires_grad_(False)
+    modules = {name: known[name].requires_grad_(True) for name in chosen}
     parameters = {
-        f"{name}.{key}": parameter
-        for name, module in restorer.supervised_modules().items()
-        for key, parameter in module.requires_grad_(True).named_parameters()
+        f"{name}.{key}": value for name, module in modules.items() for key, value in module.named_parameters()
     }
     optimiser = adamw(parameters.values(), options.lr, options.betas, options.weight_decay)
-    return Supervised(restorer, parameters, optimiser, Ema(parameters))
+    return Supervised(restorer, modules, parameters, optimiser, Ema(parameters))
 
 
 def _step(state: Supervised, lq: Tensor, gt: Tensor, step: int, config: FinetuneConfig) -> dict[str, float]:
@@ -97,7 +103,7 @@ def _step(state: Supervised, lq: Tensor, gt: Tensor, step: int, config: Finetune
     loss.backward()
     norms = {
         name: nn.utils.clip_grad_norm_(module.parameters(), options.grad_clip or float("inf"))
-        for name, module in state.restorer.supervised_modules().items()
+        for name, module in state.modules.items()
     }
     lr = options.lr * _lr_factor(options, step, config.run.steps)
     set_lr(state.optimiser, lr)

@@ -97,7 +97,10 @@ class Restorer(ABC):
     def supervised_loss(
         self, lq_BCHW: Tensor, gt_BCHW: Tensor, t_B: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """Flow matching (arXiv 2210.02747): mean_d (v - (eps - z_0))^2, a scalar, and what to log of it."""
+        """The loss of those networks that require gradients, a scalar, and what to log of it.
+
+        Here flow matching (arXiv 2210.02747): mean_d (v - (eps - z_0))^2.
+        """
         condition = self.condition(lq_BCHW)
         loss_B = self.flow_matching_error(self.encode(gt_BCHW, condition), condition, t_B, generator)
         return loss_B.mean(), {"flow": float(loss_B.detach().mean())}

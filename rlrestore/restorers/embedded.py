@@ -45,7 +45,7 @@ class EmbeddedConfig:
     init_seed: int = 0  # of random weights
 
 
-MEAN_WEIGHT = 50.0  # brings the squared error (about 0.005) to the size of the likelihood term
+ERROR_FLOOR = 1e-4  # of a picture's squared error in units of u (46 dB): below it there is nothing to gain
 ARCHITECTURE = ("unshuffle", "mean_channels", "flow_channels", "layers", "groups")
 
 
@@ -126,25 +126,33 @@ class EmbeddedRestorer(Restorer):
     def supervised_loss(
         self, lq_BCHW: Tensor, gt_BCHW: Tensor, t_B: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """Both networks at once; each has its own gradient (the denoiser's condition is detached).
+        """Each network that requires gradients has its own loss; the denoiser's condition is detached.
 
-        m: squared error, s: Gaussian likelihood of the residual it leaves, denoiser: flow matching in the whitened residual.
+        m: log of a picture's squared error, so that nearly clean photos count as much as ruined ones (the PSNR loss of
+        NAFNet, arXiv 2204.04676); s: Gaussian likelihood of the residual that m leaves; denoiser: flow matching in the
+        whitened residual.
         """
+        train_mean, train_denoiser = (next(net.parameters()).requires_grad for net in (self.mean_net, self.denoiser))
         lq, gt = self._unshuffle(lq_BCHW), self._unshuffle(gt_BCHW)
-        mean, log_spread = self.predict_mean(lq)
-        squared_error = (gt - mean).square()
-        likelihood = (log_spread + squared_error.detach() / (2 * (2 * log_spread).exp())).mean()
-        size = (lq_BCHW.shape[-2], lq_BCHW.shape[-1])
-        condition = self.condition_from_prediction(lq, mean.detach(), log_spread.detach(), size)
-        z_0 = ((gt - condition.mean) / condition.spread).clamp(-8, 8)  # a few residuals of 20 s would own the batch
-        flow = self.flow_matching_error(z_0, condition, t_B, generator).mean()
-        loss = MEAN_WEIGHT * squared_error.mean() + likelihood + flow
-        return loss, {
-            "flow": float(flow.detach()),
-            "mean_psnr": float(-10 * (squared_error.detach().mean() / 4).log10()),  # u spans 2
-            "nll": float(likelihood.detach()),
-            "z0_std": float(z_0.std()),
-        }
+        with torch.set_grad_enabled(train_mean):
+            mean, log_spread = self.predict_mean(lq)
+        losses, metrics = [], {}
+        if train_mean:
+            squared_error = (gt - mean).square()
+            error_B = squared_error.flatten(1).mean(1).clamp_min(ERROR_FLOOR)
+            likelihood = (log_spread + squared_error.detach() / (2 * (2 * log_spread).exp())).mean()
+            losses += [error_B.log().mean() / 2, likelihood]
+            metrics["mean_psnr"] = float(-10 * (error_B.detach() / 4).log10().mean())  # u spans 2
+            metrics["nll"] = float(likelihood.detach())
+        if train_denoiser:
+            size = (lq_BCHW.shape[-2], lq_BCHW.shape[-1])
+            condition = self.condition_from_prediction(lq, mean.detach(), log_spread.detach(), size)
+            z_0 = ((gt - condition.mean) / condition.spread).clamp(-8, 8)  # a few residuals of 20 s would own the batch
+            flow = self.flow_matching_error(z_0, condition, t_B, generator).mean()
+            losses.append(flow)
+            metrics["flow"] = float(flow.detach())
+            metrics["z0_std"] = float(z_0.std())
+        return torch.stack(losses).sum(), metrics
 
     def predict_mean(self, lq_BChw: Tensor) -> tuple[Tensor, Tensor]:
         """u(LQ) -> (m, log s), both [B, c, h, w] float32; the caller chooses whether gradients flow."""
