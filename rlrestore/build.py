@@ -212,6 +212,11 @@ def _check_sizes(config: TrainConfig, algorithm: Algorithm) -> None:
             f"engine.micro_batch={engine.micro_batch} does not divide rollout.batch={rollout.batch}: a micro-batch is a slice of "
             "what was sampled together"
         )
+    if algorithm.needs.groups and engine.micro_batch % rollout.samples:
+        raise ConfigError(
+            f"algorithm.kind={config.algorithm.kind} compares the rollouts of a photo and engine.micro_batch="
+            f"{engine.micro_batch} cuts groups of rollout.samples={rollout.samples}: make it a multiple of {rollout.samples}"
+        )
     micro_batches = total // ranks // engine.micro_batch
     if algorithm.updates > micro_batches:
         raise ConfigError(

@@ -38,7 +38,7 @@ engine: {{kind: torch, lr: 1.0e-3, micro_batch: 4}}
 placement: {{kind: local}}
 log: {{image_tasks: 2}}
 """
-ALGORITHM_OPTIONS = {"grpo": ", updates: 1", "nft": ", beta: 0.1, times: 2"}
+ALGORITHM_OPTIONS = {"grpo": ", updates: 1", "nft": ", beta: 0.1, times: 2"}  # others: their defaults
 
 
 def save_weights(folder: Path) -> Path:
@@ -62,7 +62,7 @@ def write_tiny(folder: Path, algorithm: str = "nft") -> Path:
     if not (folder / "weights").exists():
         save_weights(folder / "weights")
     path = folder / f"tiny_{algorithm}.yaml"
-    path.write_text(YAML.format(folder=folder, algorithm=algorithm, options=ALGORITHM_OPTIONS[algorithm]))
+    path.write_text(YAML.format(folder=folder, algorithm=algorithm, options=ALGORITHM_OPTIONS.get(algorithm, "")))
     return path
 
 

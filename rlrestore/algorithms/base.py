@@ -23,6 +23,7 @@ class Needs:
     trajectory: bool = False  # stochastic steps recorded by the rollout (a sampler other than "ode")
     old_policy: bool = False  # a slow copy that also makes the rollouts
     reference: bool = False  # the frozen start
+    groups: bool = False  # all rollouts of a photo in one micro-batch
 
 
 @dataclass(frozen=True)

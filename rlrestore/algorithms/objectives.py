@@ -5,10 +5,12 @@ Clip ranges belong to mean-reduced log-probs (see `diffusion.kernels`). Advantag
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 ADVANTAGE_MAX = 5.0  # NFT maps [-5, 5] to a probability, so it needs the bound even if the credit used another clamp
 
@@ -77,6 +79,73 @@ def nft_loss_N(
     towards_N = branch_N(beta * v + (1 - beta) * v_old)
     away_N = branch_N((1 + beta) * v_old - beta * v)
     return (5 * (positive_N * towards_N + (1 - positive_N) * away_N) / beta).to(v.dtype)
+
+
+def guard_log_ratio_N(mean: Tensor, mean_old: Tensor, x_next: Tensor, std: Tensor) -> Tensor:
+    """S (log rho + mean_d (mu - mu_old)^2 / 2S^2) = mean_d z (mu - mu_old), z = (x' - mu_old) / S: GRPO-Guard's log ratio.
+
+    arXiv 2510.22319. Its mean over the old policy's samples is 0, where that of log rho is -KL.
+    """
+    mean_old, x_next = mean_old.detach(), x_next.detach()
+    return ((x_next - mean_old) / std.detach() * (mean - mean_old)).flatten(1).mean(1)
+
+
+def dppo_loss_N(log_ratio_N: Tensor, kl_old_N: Tensor, advantage_N: Tensor, delta: float) -> tuple[Tensor, Tensor]:
+    """(-A rho, 0 where it is dropped; 1 where it is dropped): Flow-DPPO's trust region (arXiv 2606.11025).
+
+    Dropped: KL from the old policy at least `delta`, and A pushes rho further from 1.
+    """
+    excess = torch.expm1(log_ratio_N)
+    outward = ((advantage_N > 0) & (excess > 0)) | ((advantage_N < 0) & (excess < 0))
+    dropped = (kl_old_N.detach() >= delta) & outward
+    return torch.where(dropped, torch.zeros_like(excess), -advantage_N * (1 + excess)), dropped.float()
+
+
+AWM_WEIGHTS = ("uniform", "t", "t2", "huber", "ghuber")
+
+
+def awm_loss_N(v: Tensor, target: Tensor, t_N: Tensor, advantage_N: Tensor, weighting: str) -> Tensor:
+    """A/5 times the weighted matching error: AWM (arXiv 2509.25050) on policy, where its ratio is 1 and its gradient this one's.
+
+    err = mean_d (v - target)^2.  uniform: err;  t: t err;  t2: t^2 err;  huber: t (sqrt(err + 1e-10) - 1e-5);
+    ghuber: (t / p) [(err + 1e-10)^p - 1e-10^p], p = 1/4.
+    """
+    error, t = (v - target.detach()).square().flatten(1).mean(1).double(), t_N.double()
+    weighted = {
+        "uniform": lambda: error,
+        "t": lambda: t * error,
+        "t2": lambda: t * t * error,
+        "huber": lambda: t * ((error + 1e-10).sqrt() - 1e-5),
+        "ghuber": lambda: 4 * t * ((error + 1e-10) ** 0.25 - 1e-10**0.25),
+    }[weighting]()
+    return (advantage_N / ADVANTAGE_MAX * weighted).to(v.dtype)
+
+
+def dgpo_loss_N(
+    error_N: Tensor, error_reference_N: Tensor, advantage_N: Tensor, weight_N: Tensor, group_N: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """(W A err, W): DGPO (arXiv 2510.08425); errors are matching errors at one t and eps a group, `group_N` int64.
+
+    W = sigmoid((beta / G) sum_{i in group} A_i (err_i - err_ref_i)) over its G valid members (weight > 0), without gradient. With
+    this W the gradient is that of -(1/beta) log sigmoid(-(beta / G) sum A (err - err_ref)).
+    """
+    valid = (weight_N > 0).to(error_N.dtype)
+    gap = (advantage_N * (error_N - error_reference_N) * valid).detach()
+    same = (group_N[:, None] == group_N[None, :]).to(error_N.dtype)
+    mean_gap = (same @ gap) / (same @ valid).clamp_min(1)
+    group_weight = torch.sigmoid(beta * mean_gap)
+    return group_weight * advantage_N * error_N, group_weight
+
+
+def dpo_loss_P(winner_gain_P: Tensor, loser_gain_P: Tensor, beta: float) -> Tensor:
+    """-log sigmoid((beta / 2) (gain_w - gain_l)), gain = err_ref - err, mean-reduced: Diffusion-DPO (arXiv 2311.12908, eq. 14)."""
+    return -logsigmoid(beta / 2 * (winner_gain_P - loser_gain_P))
+
+
+def d3po_loss_P(winner_log_rho_P: Tensor, loser_log_rho_P: Tensor, beta: float, clip: float) -> Tensor:
+    """-log sigmoid(b [log clamp(rho_w) - log clamp(rho_l)]), rho = p / p_ref clamped to 1 +- clip: D3PO (arXiv 2311.13231)."""
+    low, high = math.log1p(-clip), math.log1p(clip)
+    return -logsigmoid(beta * (winner_log_rho_P.clamp(low, high) - loser_log_rho_P.clamp(low, high)))
 
 
 def velocity_mse_N(v: Tensor, v_ref: Tensor) -> Tensor:

@@ -30,6 +30,12 @@ class Chain:
         """The Gaussian of recorded step `index`."""
         return KERNELS[self.kernel](z_t, v, self.times[index], self.times[index + 1], self.level, self.times[1])
 
+    def step_scale(self, index: int) -> float:
+        """How far step `index` goes: |dt| of an SDE, |d mean / d v| of a kernel that is no step in dt."""
+        if self.kernel == "flow_sde":
+            return self.times[index] - self.times[index + 1]
+        return float(self.step(torch.zeros(1, 1), torch.ones(1, 1), index).mean.abs())
+
 
 @dataclass(frozen=True)
 class Trajectory:

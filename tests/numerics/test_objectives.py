@@ -7,13 +7,18 @@ import torch
 from torch import Tensor
 
 from rlrestore.algorithms.objectives import (
+    awm_loss_N,
     clip_flags_N,
+    dgpo_loss_N,
+    dppo_loss_N,
     ema_decay,
+    guard_log_ratio_N,
     nft_loss_N,
     nft_old_decay,
     ppo_clip_loss_N,
     velocity_mse_N,
 )
+from rlrestore.diffusion.kernels import gaussian_kl_mean, log_ratio_mean
 
 LOG_RATIO = torch.tensor([2e-4, -2e-4, 5e-5, 2e-4, -2e-4])
 ADVANTAGE = torch.tensor([1.0, 1.0, 1.0, -2.0, -2.0])
@@ -215,3 +220,88 @@ def test_decays_by_hand():
     assert [ema_decay(n, 0.9) for n in (0, 10, 75, 80, 999)] == pytest.approx([0.1, 0.55, 76 / 85, 0.9, 0.9])
     with pytest.raises(ValueError, match="unknown decay type 3"):
         nft_old_decay(3, 0)
+
+
+# ---- GRPO-Guard
+
+
+def test_guard_log_ratio_by_hand():
+    # z = (x' - mu_old) / S = (2, -1), mu - mu_old = (.01, .02): mean z (mu - mu_old) = (.02 - .02) / 2 = 0
+    mean_old, std = torch.zeros(2, 2), torch.tensor(0.5)
+    x_next = torch.tensor([[1.0, -0.5], [1.0, -0.5]])
+    mean = torch.tensor([[0.01, 0.02], [0.01, -0.02]])
+    close(guard_log_ratio_N(mean, mean_old, x_next, std), [0.0, 0.02])
+    # S (log rho + KL): the definition in the paper
+    by_definition = 0.5 * (log_ratio_mean(mean, mean_old, x_next, std) + gaussian_kl_mean(mean, mean_old, std))
+    close(guard_log_ratio_N(mean, mean_old, x_next, std), by_definition)
+
+
+def test_guard_has_no_bias_where_the_plain_ratio_has():
+    generator = torch.Generator().manual_seed(0)
+    std, count = torch.tensor(0.5), 4000
+    mean_old = torch.zeros(count, 64)
+    mean = mean_old + 0.1
+    x_next = mean_old + std * torch.randn(count, 64, generator=generator)
+    # per element z ~ N(0, 1): the mean over 64 * count has std 1/506, times 0.1; 5 of them
+    assert abs(float(guard_log_ratio_N(mean, mean_old, x_next, std).mean())) < 5 * 0.1 / math.sqrt(64 * count)
+    kl = 0.1**2 / (2 * 0.5**2)
+    assert float(log_ratio_mean(mean, mean_old, x_next, std).mean()) == pytest.approx(
+        -kl, abs=5 * 0.2 / math.sqrt(64 * count)
+    )
+
+
+# ---- Flow-DPPO
+
+
+def test_dppo_drops_what_leads_further_out_of_the_trust_region():
+    log_ratio = torch.tensor([0.1, 0.1, -0.1, -0.1, 0.1]).requires_grad_()
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    kl = torch.tensor([2e-6, 2e-6, 2e-6, 2e-6, 5e-7])  # the last is inside
+    loss, dropped = dppo_loss_N(log_ratio, kl, advantage, delta=1e-6)
+    assert dropped.tolist() == [1, 0, 0, 1, 0]
+    up, down = math.exp(0.1), math.exp(-0.1)
+    close(loss.detach(), [0.0, up, -down, 0.0, -up])
+    loss.sum().backward()
+    close(log_ratio.grad, [0.0, up, -down, 0.0, -up])  # d(-A rho) = -A rho
+
+
+# ---- AWM
+
+
+@pytest.mark.parametrize(
+    ("weighting", "value"),
+    # err = mean(.1^2, .3^2) = .05, t = .5, A / 5 = .4
+    [
+        ("uniform", 0.05), ("t", 0.025), ("t2", 0.0125), ("huber", 0.5 * (math.sqrt(0.05) - 1e-5)),
+        ("ghuber", 2 * (0.05**0.25 - 1e-10**0.25)),
+    ],
+)  # fmt: skip
+def test_awm_by_hand(weighting, value):
+    loss = awm_loss_N(V_OLD, EPS - X0, T_N, torch.tensor([2.0]), weighting)
+    close(loss, [0.4 * value], atol=1e-8)
+
+
+def test_forward_methods_share_their_gradient_on_policy():
+    # g* = grad mean A err. NFT without adaptive weights: g*; AWM uniform: g* / 5; DGPO: g* / 2
+    c = random_case(3)
+    advantage = torch.tensor([1.5, -2.0, 0.5], dtype=torch.float64)
+    ones, group = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+
+    def gradient(loss) -> Tensor:
+        v = c["v_old"].clone().requires_grad_()
+        return torch.autograd.grad(loss(v).mean(), v)[0]
+
+    def error(v: Tensor) -> Tensor:
+        return (v - c["v_star"]).square().flatten(1).mean(1)
+
+    shared = gradient(lambda v: advantage * error(v))
+    for beta in (0.1, 1.0):
+        nft = gradient(
+            lambda v, beta=beta: nft_loss_N(v, c["v_old"], c["x_t"], c["x0"], c["t_N"], advantage, beta, adaptive=False)
+        )
+        torch.testing.assert_close(nft, shared)
+    awm = gradient(lambda v: awm_loss_N(v, c["v_star"], c["t_N"], advantage, "uniform"))
+    torch.testing.assert_close(5 * awm, shared)
+    at_reference = error(c["v_old"])
+    dgpo = gradient(lambda v: dgpo_loss_N(error(v), at_reference, advantage, ones, group, beta=50.0)[0])
+    torch.testing.assert_close(2 * dgpo, shared)
