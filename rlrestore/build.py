@@ -31,7 +31,7 @@ from rlrestore.config import (
     typed,
 )
 from rlrestore.crew import Crew, LocalCrew, StageTimes
-from rlrestore.diffusion.kernels import KERNELS
+from rlrestore.diffusion.kernels import DRIFT_KERNELS, KERNELS
 from rlrestore.diffusion.schedules import time_schedule
 from rlrestore.engine.base import Engine, EngineOptions
 from rlrestore.engine.build import ENGINES, build_engine, free_port
@@ -108,6 +108,7 @@ def _check_numbers(config: TrainConfig) -> None:
     engine, budget = config.engine, config.reward_budget
     for key, value, good, wanted in (
         ("run.seed", config.run.seed, config.run.seed >= 0, "0 or positive"),
+        ("sampling.window_every", config.sampling.window_every, config.sampling.window_every >= 0, "0 or positive"),
         ("sampling.shift", config.sampling.shift, config.sampling.shift > 0, "positive; 1 is no shift"),
         *(
             (f"regularise.{key}", weight, weight >= 0, "0 or positive")
@@ -168,9 +169,9 @@ def _check_sampling(config: TrainConfig, algorithm: Algorithm) -> None:
             f"sampling.window_range={[low, high]} reaches step {high - 1}, which ends at t={float(times[high]):g} with std 0 and has "
             f"no log-probability: set window_range to [{low}, {high - 1}] at the most"
         )
-    if sampling.sampler == "cps" and sampling.level > 1:
+    if sampling.sampler not in DRIFT_KERNELS and sampling.level > 1:
         raise ConfigError(
-            f"sampling.level={sampling.level} must be at most 1 for sampling.sampler=cps: 1 is full re-noising"
+            f"sampling.level={sampling.level} must be at most 1 for sampling.sampler={sampling.sampler}: 1 is full re-noising"
         )
     if sampling.level <= 0:
         raise ConfigError(

@@ -47,16 +47,16 @@ class SamplingConfig:
 
     steps: int = 8  # Euler steps of a rollout and of evaluation
     shift: float = 1.0  # t = k u / (1 + (k - 1) u)
-    sampler: str = "cps"  # stochastic kernel inside the window: cps | flow_sde; ode for none at all
+    sampler: str = "cps"  # stochastic kernel inside the window: cps | dance_sde | ddim | flow_sde; ode for none
     level: float = 0.8  # a of the kernel; CPS arXiv 2509.05952
     window: int = 3  # stochastic (trained) steps of a rollout; the rest is ODE
     # Scale of the initial noise, spread evenly over the members of a group. Below 1 they differ in how much they dare, which
     # is exploration for forward-process methods; trajectory methods need (1, 1), evaluation always uses 1.
     temperature: tuple[float, float] = (1.0, 1.0)
-    window_range: tuple[int, int] = (
-        0,
-        4,
-    )  # the window lies inside these step indices; its start is drawn per iteration
+    window_range: tuple[int, int] = (0, 4)  # the window lies inside these step indices
+    # 0: the window's start is drawn an iteration (Flow-GRPO-Fast); n: it slides on by one every n iterations, and from the end
+    # back to the start (MixGRPO, arXiv 2507.21802)
+    window_every: int = 0
 
 
 @dataclass

@@ -25,6 +25,9 @@ from rlrestore.statistics import bootstrap_ci
 EVALUATION_SEED = 977  # noise of evaluation: one for all runs, so that runs can be compared
 
 
+FEW_PHOTOS = 10  # below it a bootstrap interval is too narrow (rlrestore.statistics)
+
+
 @dataclass(frozen=True)
 class Measured:
     """One set of weights on all held-out tasks."""
@@ -141,3 +144,17 @@ def table(rows: Mapping[str, MetricRow]) -> str:
         for line in (header, *body)
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def caveats(tasks: Sequence[Task]) -> list[str]:
+    """What a reader must know of the intervals of a table over these tasks."""
+    photos = len({task.id.split("@")[0] for task in tasks})
+    lines = []
+    if photos < len(tasks):
+        lines.append(f"note: the {len(tasks)} tasks are crops of {photos} photos; intervals take them as independent")
+    if photos < FEW_PHOTOS:
+        lines.append(
+            f"note: {photos} photos are too few for a bootstrap interval, which is then too narrow: take at least "
+            f"{FEW_PHOTOS}, with evaluate.tasks=N"
+        )
+    return lines

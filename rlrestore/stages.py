@@ -20,13 +20,14 @@ from rlrestore.types import Chunk, Row, UpdateReport, UpdateRequest, plan_update
 
 
 def rollout_chain(config: SamplingConfig, seed: int, iteration: int, stochastic: bool) -> Chain:
-    """The chain of this iteration's rollouts; all samples share one window, drawn from (seed, iteration)."""
+    """The chain of this iteration's rollouts; all samples share one window, a function of (seed, iteration)."""
     times = tuple(time_schedule(config.steps, config.shift).tolist())
     if not stochastic or config.sampler == "ode":
         return Chain(times)
     low, high = config.window_range
     starts = high - config.window - low + 1
-    start = low + derive_seed(seed, "window", iteration) % starts
+    shift = iteration // config.window_every if config.window_every else derive_seed(seed, "window", iteration)
+    start = low + shift % starts
     return Chain(times, config.sampler, config.level, tuple(range(start, start + config.window)))
 
 

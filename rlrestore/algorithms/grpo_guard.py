@@ -4,7 +4,7 @@
 
 On policy the log of the plain ratio has mean -KL < 0, so a tight clip never binds for good samples; that of rho_g has mean 0.
 The division makes the gradient's size independent of S and of the step's length. arXiv 2510.22319; published for Flow-SDE
-(size |dt|), here also for CPS (size |d mu / d v|).
+(size |dt|), here also for the kernels that re-noise (size |d mu / d v|).
 """
 
 from __future__ import annotations

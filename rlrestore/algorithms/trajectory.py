@@ -34,7 +34,7 @@ class Replay:
     std: Tensor  # [] or [B, 1, ...] of the transition, the same for both
     log_ratio_B: Tensor  # log p / p_old
     mean_reference: Tensor | None  # [B, *latent] under the frozen start, if the method needs it
-    scale: float  # size of the step: |dt| for flow_sde, |d mean / d v| for cps
+    scale: float  # size of the step: |dt| of an SDE, |d mean / d v| of cps and ddim
 
     @property
     def elements(self) -> int:

@@ -17,12 +17,11 @@ import torch
 import yaml
 
 from envs.base import Env
-from envs.types import Task
 from rlrestore.build import build_crew, build_evaluation, check_parts, load_train_config
 from rlrestore.checkpoint import read_json, read_manifest, verify
 from rlrestore.config import ConfigError, TrainConfig, plain
 from rlrestore.crew import StageTimes
-from rlrestore.evaluate import Evaluation, Measured, MetricRow, compare, table
+from rlrestore.evaluate import Evaluation, Measured, MetricRow, caveats, compare, table
 from rlrestore.loop import images_trained, result_json
 from rlrestore.pictures import to_pil
 from rlrestore.quiet import quiet
@@ -32,7 +31,6 @@ from rlrestore.rundir import newest_checkpoint, open_existing
 FIXED_KEYS = (
     "run.seed", "env", "restorer", "algorithm", "rewards", "sampling", "engine", "rollout.groups", "rollout.samples",
 )  # fmt: skip
-FEW_PHOTOS = 10  # below it a bootstrap interval is too narrow (rlrestore.statistics)
 
 
 def run_evaluate(config_path: Path, overrides: list[str], checkpoint: Path | None) -> None:
@@ -53,20 +51,6 @@ def run_evaluate(config_path: Path, overrides: list[str], checkpoint: Path | Non
     for line in caveats(evaluation.tasks):
         print(line)
     print(f"\nsample grid  {picture}\nresult       {result}\ncheckpoint   {source}")
-
-
-def caveats(tasks: list[Task]) -> list[str]:
-    """What a reader must know of the intervals of a table over these tasks."""
-    photos = len({task.id.split("@")[0] for task in tasks})
-    lines = []
-    if photos < len(tasks):
-        lines.append(f"note: the {len(tasks)} tasks are crops of {photos} photos; intervals take them as independent")
-    if photos < FEW_PHOTOS:
-        lines.append(
-            f"note: {photos} photos are too few for a bootstrap interval, which is then too narrow: take at least "
-            f"{FEW_PHOTOS}, with evaluate.tasks=N"
-        )
-    return lines
 
 
 # -- the run that is there -----------------------------------------------------------------------------------------

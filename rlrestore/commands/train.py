@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrestore.build import build_run, check_parts, load_train_config
-from rlrestore.evaluate import MetricRow, table
+from rlrestore.evaluate import MetricRow, caveats, table
 from rlrestore.loop import Run, train
 from rlrestore.quiet import quiet
 from rlrestore.rundir import RunDir, now, open_run
@@ -52,6 +52,8 @@ def _print_table(run: Run, rows: dict[str, MetricRow]) -> None:
     config = run.config.evaluate
     print(f"\nbase against tuned ({config.weights} weights), {config.tasks} held-out tasks x {config.samples} seeds:\n")
     print(table(rows))
+    for line in caveats(run.evaluation.tasks):
+        print(line)
     _print_paths(run.folder)
 
 

@@ -69,14 +69,35 @@ def cps_step(x: Tensor, v: Tensor, t: Time, t_next: Time, level: float, t_second
     return _apply(cps_coefficients(t, t_next, level), x, v)
 
 
+def dance_sde_step(
+    x: Tensor, v: Tensor, t: Time, t_next: Time, level: float, t_second: float | None = None
+) -> StepGaussian:
+    """Dance-SDE of DanceGRPO (arXiv 2505.07818): the SDE with constant s(t) = level; 0.3 is published for images.
+
+    `t_second` is ignored: nothing is singular. The last step leaves noise: use the ODE there.
+    """
+    return _apply(dance_sde_coefficients(t, t_next, level), x, v)
+
+
+def ddim_step(x: Tensor, v: Tensor, t: Time, t_next: Time, level: float, t_second: float | None = None) -> StepGaussian:
+    """DDIM with eta = level (arXiv 2010.02502, eq. 16) in flow coordinates: 0 is the ODE, 1 ancestral sampling.
+
+    Keeps (1-t_next) x0 + t_next eps like `cps_step`, but its noise shrinks with the step. `t_second` is ignored.
+    """
+    return _apply(ddim_coefficients(t, t_next, level), x, v)
+
+
 KERNELS: dict[str, Callable[[Tensor, Tensor, Time, Time, float, float | None], StepGaussian]] = {
     "cps": cps_step,
+    "dance_sde": dance_sde_step,
+    "ddim": ddim_step,
     "flow_sde": flow_sde_step,
 }
+DRIFT_KERNELS = ("dance_sde", "flow_sde")  # steps of an SDE in dt; the others re-noise a prediction of x0
 
 
 def flow_sde_coefficients(t: Time, t_next: Time, level: float, t_second: float | None = None) -> StepCoefficients:
-    """mean = x (1 + s^2/(2t) dt) + v (1 + s^2 (1-t)/(2t)) dt,  std = s sqrt|dt|."""
+    """s^2 = level^2 t/(1-t)."""
     if not level >= 0:
         raise ValueError(f"the noise level of flow_sde must be >= 0, got {level}")
     time, time_next = _times(t, t_next)
@@ -87,9 +108,15 @@ def flow_sde_coefficients(t: Time, t_next: Time, level: float, t_second: float |
         clean_share = torch.where(singular, 1 - t_second, 1 - time)
     else:
         clean_share = (1 - time).clamp_min(1 - T_SINGULAR)
-    s2 = level**2 * time / clean_share
-    dt = time_next - time
-    return StepCoefficients(1 + s2 / (2 * time) * dt, (1 + s2 * (1 - time) / (2 * time)) * dt, (s2 * -dt).sqrt())
+    return _sde(time, time_next, level**2 * time / clean_share)
+
+
+def dance_sde_coefficients(t: Time, t_next: Time, level: float) -> StepCoefficients:
+    """s^2 = level^2."""
+    if not level >= 0:
+        raise ValueError(f"the noise level of dance_sde must be >= 0, got {level}")
+    time, time_next = _times(t, t_next)
+    return _sde(time, time_next, torch.full_like(time, level**2))
 
 
 def cps_coefficients(t: Time, t_next: Time, level: float) -> StepCoefficients:
@@ -97,8 +124,18 @@ def cps_coefficients(t: Time, t_next: Time, level: float) -> StepCoefficients:
     if not 0 <= level <= 1:
         raise ValueError(f"the noise level of cps must lie in [0, 1], got {level}; 0.8 is usual, 0 is the ODE")
     time, time_next = _times(t, t_next)
-    clean, noise = 1 - time_next, time_next * math.cos(level * math.pi / 2)
-    return StepCoefficients(clean + noise, (1 - time) * noise - time * clean, time_next * math.sin(level * math.pi / 2))
+    std = time_next * math.sin(level * math.pi / 2)
+    return _renoise(time, time_next, time_next * math.cos(level * math.pi / 2), std)
+
+
+def ddim_coefficients(t: Time, t_next: Time, level: float) -> StepCoefficients:
+    """std = level t_next sqrt(1 - (t_next (1-t) / (t (1-t_next)))^2); mean as cps with this std."""
+    if not 0 <= level <= 1:
+        raise ValueError(f"the noise level of ddim must lie in [0, 1], got {level}; 0.5 is like flow_sde 0.7")
+    time, time_next = _times(t, t_next)
+    kept = time_next * (1 - time) / (time * (1 - time_next))  # of the noise, as a share
+    std = level * time_next * (1 - kept.square()).sqrt()
+    return _renoise(time, time_next, (time_next.square() - std.square()).sqrt(), std)
 
 
 def trainable(std: Tensor | float, std_min: float = STD_MIN) -> bool:
@@ -145,6 +182,18 @@ def _apply(step: StepCoefficients, x: Tensor, v: Tensor) -> StepGaussian:
     _check_latents(x, v)
     mean = _broadcast(step.x_gain, x) * x + _broadcast(step.v_gain, x) * v
     return StepGaussian(mean, _broadcast(step.std, x))
+
+
+def _sde(time: Tensor, time_next: Tensor, s2: Tensor) -> StepCoefficients:
+    """mean = x (1 + s^2/(2t) dt) + v (1 + s^2 (1-t)/(2t)) dt,  std = s sqrt|dt|."""
+    dt = time_next - time
+    return StepCoefficients(1 + s2 / (2 * time) * dt, (1 + s2 * (1 - time) / (2 * time)) * dt, (s2 * -dt).sqrt())
+
+
+def _renoise(time: Tensor, time_next: Tensor, noise: Tensor, std: Tensor) -> StepCoefficients:
+    """mean = (1-t_next) x0_hat + noise eps_hat, with x0_hat = x - t v and eps_hat = x + (1-t) v."""
+    clean = 1 - time_next
+    return StepCoefficients(clean + noise, (1 - time) * noise - time * clean, std)
 
 
 def _times(t: Time, t_next: Time) -> tuple[Tensor, Tensor]:

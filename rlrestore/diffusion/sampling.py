@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rlrestore.diffusion.kernels import KERNELS, StepGaussian, gaussian_logp_mean, ode_step, trainable
+from rlrestore.diffusion.kernels import DRIFT_KERNELS, KERNELS, StepGaussian, gaussian_logp_mean, ode_step, trainable
 from rlrestore.restorers.base import Condition, Restorer
 
 
@@ -32,7 +32,7 @@ class Chain:
 
     def step_scale(self, index: int) -> float:
         """How far step `index` goes: |dt| of an SDE, |d mean / d v| of a kernel that is no step in dt."""
-        if self.kernel == "flow_sde":
+        if self.kernel in DRIFT_KERNELS:
             return self.times[index] - self.times[index + 1]
         return float(self.step(torch.zeros(1, 1), torch.ones(1, 1), index).mean.abs())
 

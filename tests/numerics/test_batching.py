@@ -208,3 +208,17 @@ def test_a_failed_rollout_stays_masked_in_the_control() -> None:
     control = assign_credit(scores_of(ssim, torch.linspace(20, 30, 8)), CreditConfig(shuffle=True), 1, 0, 0)
     assert float(control.weight_N[3]) == 0
     assert 6 <= float(control.weight_N.sum()) <= 7  # the row that was given the missing score is masked, too
+
+
+def test_a_sliding_window_moves_by_one_and_starts_again():
+    # 5 places for a window of 2 in [0, 6), 3 iterations each
+    config = SamplingConfig(steps=8, window=2, window_range=(0, 6), window_every=3)
+    starts = [rollout_chain(config, 0, iteration, True).window[0] for iteration in range(18)]
+    assert starts == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3 + [0] * 3
+
+
+def test_the_size_of_a_step():
+    times = (1.0, 0.6, 0.5, 0.0)
+    assert Chain(times, "flow_sde", 0.7, (1,)).step_scale(1) == pytest.approx(0.1)
+    # cps: |d mean / d v| = .238197, as in test_kernels
+    assert Chain(times, "cps", 0.8, (1,)).step_scale(1) == pytest.approx(0.238197, abs=1e-6)

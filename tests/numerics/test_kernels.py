@@ -10,6 +10,9 @@ from rlrestore.diffusion.kernels import (
     KERNELS,
     cps_coefficients,
     cps_step,
+    dance_sde_step,
+    ddim_coefficients,
+    ddim_step,
     flow_sde_coefficients,
     flow_sde_step,
     gaussian_kl_mean,
@@ -105,6 +108,33 @@ def test_cps_by_hand():
     close(cps_coefficients(T, T_NEXT, 0.8).v_gain, -0.238197)
 
 
+def test_dance_sde_by_hand():
+    # s^2 = .09: mean = x (1 - .09/1.2 * .1) - v (1 + .09 * .4/1.2) * .1, S = .3 sqrt(.1)
+    step = dance_sde_step(X, V, T, T_NEXT, 0.3)
+    close(step.std, 0.0948683)
+    close(step.mean, [[0.39325, -1.01825]])
+
+
+def test_ddim_by_hand():
+    # keeps .5 * .4 / (.6 * .5) = 2/3 of the noise: S = .5 * .5 sqrt(1 - 4/9), sqrt(.25 - S^2) = .463981
+    step = ddim_step(X, V, T, T_NEXT, 0.5)
+    close(step.std, 0.186339)
+    close(step.mean, [[0.367583, -0.992583]])
+    # from pure noise nothing is kept: S = eta t_next
+    close(ddim_step(X, V, 1.0, 0.9, 0.5).std, 0.45)
+    assert not trainable(ddim_step(X, V, T, 0.0, 0.5).std)
+    # the same SDE as flow_sde with a = sqrt(2) eta, to first order in dt
+    for mine, theirs in zip(
+        (ddim_coefficients(0.6, 0.5999, 0.5).x_gain, ddim_coefficients(0.6, 0.5999, 0.5).std),
+        (
+            flow_sde_coefficients(0.6, 0.5999, math.sqrt(0.5)).x_gain,
+            flow_sde_coefficients(0.6, 0.5999, math.sqrt(0.5)).std,
+        ),
+        strict=True,
+    ):
+        assert float(mine) == pytest.approx(float(theirs), rel=1e-3)
+
+
 def test_kl_by_hand_and_closed_form():
     # g = (1 + s^2 * .4/1.2) * -.1 = -.1245;  KL = g^2 (.02^2 + .01^2)/2 / (2 S^2)
     new = flow_sde_step(X, V, T, T_NEXT, 0.7)
@@ -198,6 +228,10 @@ def propagate(name: str, level: float, noisy: range, data_std: float, t: list[fl
     [
         ("cps", 0.0, range(10), 0.185),
         ("cps", 0.8, range(10), 0.167),
+        ("dance_sde", 0.3, range(10), 0.220),
+        ("dance_sde", 0.3, range(9), 0.192),
+        ("ddim", 0.5, range(10), 0.183),
+        ("ddim", 0.5, range(3), 0.185),
         ("cps", 0.8, range(3), 0.185),
         ("flow_sde", 0.7, range(10), 0.254),
         ("flow_sde", 0.7, range(9), 0.221),

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from envs.types import Task
-from rlrestore.commands.evaluate import caveats, run_evaluate
+from rlrestore.commands.evaluate import run_evaluate
 from rlrestore.commands.train import run_train
 from rlrestore.config import ConfigError
+from rlrestore.evaluate import caveats
 
 CONFIG = """
 run: {name: tiny, seed: 0, steps: 2}
