@@ -97,6 +97,7 @@ def _check_choices(config: TrainConfig) -> None:
         ("sampling.sampler", config.sampling.sampler, ("ode", *sorted(KERNELS))),
         ("evaluate.weights", config.evaluate.weights, ("current", "ema")),
         ("credit.normalise", config.credit.normalise, ("global", "group", "none", "pooled")),
+        ("credit.baseline", config.credit.baseline, ("leave_one_out", "mean")),
         ("credit.fuse", config.credit.fuse, ("normalise_then_sum", "sum_then_normalise")),
     ):
         if value not in choices:

@@ -71,6 +71,8 @@ class CreditConfig:
     """How scores become advantages (algorithms.md 7)."""
 
     normalise: str = "pooled"  # std that divides: pooled | group | global | none
+    baseline: str = "mean"  # what is subtracted: mean | leave_one_out (of the group)
+    rank: bool = False  # rewards become ranks inside their group first
     fuse: str = "normalise_then_sum"  # normalise_then_sum | sum_then_normalise
     clamp: float = 5.0
     min_valid: int = 0  # fewer valid rollouts drop the group; 0 means max(2, K / 2)

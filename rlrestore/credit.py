@@ -20,6 +20,7 @@ ZERO_SPREAD = 1e-9  # below it, a group's utilities are the same number up to fl
 
 Normalise = Literal["pooled", "group", "global", "none"]
 Fuse = Literal["normalise_then_sum", "sum_then_normalise"]
+Baseline = Literal["mean", "leave_one_out"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ def group_credit(
     groups: int,
     *,
     normalise: Normalise = "pooled",
+    baseline: Baseline = "mean",
+    rank: bool = False,
     fuse: Fuse = "normalise_then_sum",
     floor_R: Tensor | Sequence[float] | None = None,
     clamp: float = 5.0,
@@ -47,7 +50,11 @@ def group_credit(
 ) -> Credit:
     """Advantages of N = groups * K rollouts, row-major by group, from R rewards.
 
-    normalise   centre by the group mean, then divide by (std + 1e-4): "pooled" sqrt(mean over groups of the variance),
+    baseline    what is subtracted: "mean" of the group, or of its other members ("leave_one_out", RLOO, arXiv 2402.14740: n/(n-1)
+                times as large, which only `normalise` "none" leaves so)
+    rank        each reward first becomes its rank inside the group, from -1 to 1; ties share their mean rank, and a group in which
+                the reward's std is below its floor is one tie
+    normalise   centre, then divide by (std + 1e-4): "pooled" sqrt(mean over groups of the variance),
                 "group" that group's std, "global" std over the batch, "none" 1
     fuse        "normalise_then_sum" (GDPO, arXiv 2601.05242): each reward is normalised, they are added by weight and
                 the sum is renormalised; "sum_then_normalise" (Flow-GRPO): raw utilities are added, the sum normalised
@@ -78,8 +85,10 @@ def group_credit(
     kept = sample_ok & (enough_G & spread_ok_G)[:, None]  # [G, K]
     used = valid & kept  # [R, G, K]: dropped groups enter no statistic
 
+    if rank:
+        utility, floor_R = _ranks(utility, used, floor_R), torch.zeros_like(floor_R)
     mean = _group_mean(utility, used)
-    centred = torch.where(used, utility - mean, 0.0)
+    centred = torch.where(used, utility - mean, 0.0) * _baseline_factor(used, baseline)
     if fuse == "normalise_then_sum":
         scale = _scale(utility, used, normalise, floor_R)
         advantage = _renormalise((share_R[:, None, None] * centred / scale).sum(0), kept, share_R, normalise)
@@ -132,6 +141,27 @@ def _group_mean(value: Tensor, used: Tensor) -> Tensor:
 
 def _group_variance(value: Tensor, used: Tensor) -> Tensor:
     return _group_mean((value - _group_mean(value, used)).square(), used)[..., 0]
+
+
+def _ranks(utility: Tensor, used: Tensor, floor_R: Tensor) -> Tensor:
+    """[R, G, K] rank among the used members of a group, scaled to [-1, 1]: 2 (members below + half of those equal) / (n - 1) - 1."""
+    both = used[..., :, None] & used[..., None, :]  # [R, G, K, K] rank of the third axis among the fourth
+    below = ((utility[..., :, None] > utility[..., None, :]) & both).sum(-1)
+    equal = ((utility[..., :, None] == utility[..., None, :]) & both).sum(-1) - 1
+    others = (used.sum(-1, keepdim=True) - 1).clamp_min(1)
+    ranks = 2 * (below + equal / 2) / others - 1
+    tied = _group_variance(utility, used).sqrt() < floor_R[:, None]
+    return torch.where(used & ~tied[..., None], ranks, 0.0)
+
+
+def _baseline_factor(used: Tensor, baseline: Baseline) -> Tensor:
+    """r_i minus the mean of the others = n / (n - 1) times r_i minus the mean of all."""
+    if baseline == "mean":
+        return torch.ones(1, dtype=torch.float64)
+    if baseline == "leave_one_out":
+        n = used.sum(-1, keepdim=True)
+        return n / (n - 1).clamp_min(1)
+    raise ValueError(f"unknown baseline {baseline!r}; known: mean, leave_one_out")
 
 
 def _weighted_spread(utility: Tensor, used: Tensor, share_R: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ def assign_credit(scores: RubricScores, config: CreditConfig, groups: int, seed:
         valid_RN = valid_RN & scores.valid_RN
     return group_credit(
         utility_RN, scores.weight_R, valid_RN, scores.required_R, groups,
-        normalise=config.normalise, fuse=config.fuse,  # type: ignore[arg-type]  # checked when the config was loaded
+        # checked when the config was loaded
+        normalise=config.normalise, baseline=config.baseline, rank=config.rank, fuse=config.fuse,  # type: ignore[arg-type]
         floor_R=scores.floor_R, clamp=config.clamp, min_valid=config.min_valid or None, min_spread=config.min_spread,
     )  # fmt: skip
 

@@ -245,3 +245,27 @@ def test_easy_and_hard_photos_do_not_matter():
 def test_refusals_name_the_remedy(change, message):
     with pytest.raises(ValueError, match=message):
         credit([[0.1, 0.2, 0.3, 0.4]], **{"groups": 2, **change})
+
+
+def test_leave_one_out_by_hand():
+    # .2 against the mean of .6, .4: -.3; .6: +.3; .4: 0. The failed one is nobody's baseline
+    c = credit([[0.2, 0.6, NAN, 0.4]], 1, normalise="none", baseline="leave_one_out")
+    assert values(c) == pytest.approx([-0.3, 0.3, 0, 0], abs=1e-6)
+    # std normalisation takes the factor away again, up to its epsilon
+    mean, others = (credit([[1.0, 2.0, 6.0]], 1, normalise="none", baseline=b) for b in ("mean", "leave_one_out"))
+    assert values(others) == pytest.approx([1.5 * value for value in values(mean)])
+
+
+def test_ranks_by_hand():
+    # .1 < .5 = .5 < 9: ranks 0, 1.5, 1.5, 3 of 3, scaled to -1, 0, 0, 1: the outlier has no more pull than the last
+    c = credit([[0.5, 9.0, 0.1, 0.5]], 1, normalise="none", rank=True)
+    assert values(c) == pytest.approx([0, 1, -1, 0])
+    # the failed one is not ranked: .1 and .5 of two
+    c = credit([[0.5, NAN, 0.1, NAN]], 1, normalise="none", rank=True, min_valid=2)
+    assert values(c) == pytest.approx([1, 0, -1, 0])
+
+
+def test_a_spread_below_the_floor_is_one_tie():
+    rewards = [[0.500, 0.501, 0.502, 0.1, 0.5, 0.9]]
+    c = credit(rewards, 2, normalise="none", rank=True, floor_R=[0.01])
+    assert values(c) == pytest.approx([0, 0, 0, -1, 0, 1])
