@@ -16,19 +16,28 @@ import matplotlib.pyplot as plt
 from rlrestore.log import read_metrics
 
 
+def stages(runs: list[Path]) -> list[dict]:
+    """The rows of all runs, the steps of each counted on from the last one's."""
+    rows: list[dict] = []
+    for run in runs:
+        first = max((row["step"] for row in rows), default=0)
+        rows += [{**row, "step": row["step"] + first} for row in read_metrics(run / "metrics.jsonl")]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("runs", help="a run directory; several joined by commas are stages, whose steps are counted on")
     parser.add_argument("out", type=Path, help="picture to write (.png or .svg)")
     parser.add_argument("tags", nargs="+", help="metrics, one panel each; several with + share a panel: a+b")
     options = parser.parse_args()
-    rows = read_metrics(options.run / "metrics.jsonl")
+    rows = stages([Path(run) for run in options.runs.split(",")])
     figure, axes = plt.subplots(1, len(options.tags), figsize=(4.2 * len(options.tags), 3.2), squeeze=False)
     for axis, panel in zip(axes[0], options.tags, strict=True):
         for tag in panel.split("+"):
             points = [(row["step"], row[tag]) for row in rows if tag in row]
             if not points:
-                raise SystemExit(f"error: {tag} is not in {options.run}/metrics.jsonl")
+                raise SystemExit(f"error: {tag} is not in {options.runs}")
             steps, values = zip(*points, strict=True)
             axis.plot(steps, values, lw=0.6 if len(points) > 200 else 1.5, label=tag)
         axis.set_xlabel("step")

@@ -39,6 +39,8 @@ class EmbeddedConfig:
     precision: str = "bfloat16"  # autocast dtype of both networks: bfloat16 | float32
     unshuffle: int = 4  # pixels a latent cell has on each side
     mean_channels: tuple[int, ...] = (32, 64, 128)
+    detail_channels: int = 0  # of the residual trunk that refines the mean at the cells' own resolution; 0: none
+    detail_blocks: int = 6
     flow_channels: tuple[int, ...] = (48, 64, 128)
     layers: int = 1
     groups: int = 16  # of the group norms
@@ -46,7 +48,7 @@ class EmbeddedConfig:
 
 
 ERROR_FLOOR = 1e-4  # of a picture's squared error in units of u (46 dB): below it there is nothing to gain
-ARCHITECTURE = ("unshuffle", "mean_channels", "flow_channels", "layers", "groups")
+ARCHITECTURE = ("unshuffle", "mean_channels", "detail_channels", "detail_blocks", "flow_channels", "layers", "groups")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class EmbeddedRestorer(Restorer):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.init_seed)
             self.mean_net = _unet(cells, 2 * cells, config.mean_channels, config)
+            self.detail_net = Trunk(3 * cells, 2 * cells, config) if config.detail_channels else None
             self.denoiser: nn.Module = _unet(4 * cells, cells, config.flow_channels, config)
         if folder is not None:
             try:
@@ -78,12 +81,13 @@ class EmbeddedRestorer(Restorer):
                 raise ValueError(
                     f"restorer.weights: {folder / 'weights.safetensors'} cannot be loaded ({reason}): copy it again"
                 ) from error
-        self.mean_net.requires_grad_(False).eval()
-        self.denoiser.eval()  # no dropout, no running statistics: train and eval are the same arithmetic
+        for name, network in self._networks().items():
+            network.eval().requires_grad_(name == "denoiser")
+        # no dropout, no running statistics: train and eval are the same arithmetic
 
     def to(self, device: torch.device | str) -> Self:
-        self.mean_net.to(device)
-        self.denoiser.to(device)
+        for network in self._networks().values():
+            network.to(device)
         return self
 
     # -- the convention ------------------------------------------------------------------------------------------
@@ -121,7 +125,7 @@ class EmbeddedRestorer(Restorer):
     # -- supervised training of both networks (`finetune`) ---------------------------------------------------------
 
     def supervised_modules(self) -> dict[str, nn.Module]:
-        return {"mean_net": self.mean_net, "denoiser": self.denoiser}
+        return self._networks()
 
     def supervised_loss(
         self, lq_BCHW: Tensor, gt_BCHW: Tensor, t_B: Tensor, generator: torch.Generator
@@ -132,19 +136,19 @@ class EmbeddedRestorer(Restorer):
         NAFNet, arXiv 2204.04676); s: Gaussian likelihood of the residual that m leaves; denoiser: flow matching in the
         whitened residual.
         """
-        train_mean, train_denoiser = (next(net.parameters()).requires_grad for net in (self.mean_net, self.denoiser))
+        trained = {name for name, network in self._networks().items() if next(network.parameters()).requires_grad}
         lq, gt = self._unshuffle(lq_BCHW), self._unshuffle(gt_BCHW)
-        with torch.set_grad_enabled(train_mean):
+        with torch.set_grad_enabled(bool(trained - {"denoiser"})):
             mean, log_spread = self.predict_mean(lq)
         losses, metrics = [], {}
-        if train_mean:
+        if mean.requires_grad:
             squared_error = (gt - mean).square()
             error_B = squared_error.flatten(1).mean(1).clamp_min(ERROR_FLOOR)
             likelihood = (log_spread + squared_error.detach() / (2 * (2 * log_spread).exp())).mean()
             losses += [error_B.log().mean() / 2, likelihood]
             metrics["mean_psnr"] = float(-10 * (error_B.detach() / 4).log10().mean())  # u spans 2
             metrics["nll"] = float(likelihood.detach())
-        if train_denoiser:
+        if "denoiser" in trained:
             size = (lq_BCHW.shape[-2], lq_BCHW.shape[-1])
             condition = self.condition_from_prediction(lq, mean.detach(), log_spread.detach(), size)
             z_0 = ((gt - condition.mean) / condition.spread).clamp(-8, 8)  # a few residuals of 20 s would own the batch
@@ -158,8 +162,10 @@ class EmbeddedRestorer(Restorer):
         """u(LQ) -> (m, log s), both [B, c, h, w] float32; the caller chooses whether gradients flow."""
         inputs = lq_BChw.contiguous(memory_format=torch.channels_last)
         with self._autocast(inputs.device.type):
-            raw = self.mean_net(inputs, 0).sample
-        residual, log_spread = raw.to(torch.float32).chunk(2, dim=1)
+            raw = self.mean_net(inputs, 0).sample.to(torch.float32)
+            if self.detail_net is not None:
+                raw = raw + self.detail_net(torch.cat([inputs, raw], dim=1)).to(torch.float32)
+        residual, log_spread = raw.chunk(2, dim=1)
         # exp(-2.5) = 0.08 is about the residual's spread at the start; 0.004..1 keeps whitening finite.
         return lq_BChw + residual, (log_spread - 2.5).clamp(-5.5, 0.0)
 
@@ -177,24 +183,34 @@ class EmbeddedRestorer(Restorer):
 
     def save(self, folder: Path, denoiser: Mapping[str, Tensor] | None = None) -> None:
         denoiser = self.denoiser.state_dict() if denoiser is None else denoiser
-        tensors = {f"mean.{k}": v.half().cpu().contiguous() for k, v in self.mean_net.state_dict().items()}
-        tensors |= {f"denoiser.{k}": v.half().cpu().contiguous() for k, v in denoiser.items()}
+        weights = {name: network.state_dict() for name, network in self._networks().items()} | {"denoiser": denoiser}
+        tensors = {
+            f"{name}.{key}": value.half().cpu().contiguous()
+            for name, part in weights.items()
+            for key, value in part.items()
+        }
         save_file(tensors, folder / "weights.safetensors")
         architecture = {key: value for key, value in asdict(self.config).items() if key in ARCHITECTURE}
         (folder / "config.json").write_text(json.dumps({"kind": "embedded", **architecture}, indent=1) + "\n")
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps([getattr(self.config, key) for key in ARCHITECTURE]).encode())
-        for name, tensor in sorted(self.mean_net.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        for network in [self._networks()[name] for name in ("mean", "detail") if name in self._networks()]:
+            for name, tensor in sorted(network.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
-        for prefix, module in (("mean.", self.mean_net), ("denoiser.", self.denoiser)):
-            module.load_state_dict(
-                {key.removeprefix(prefix): value.float() for key, value in tensors.items() if key.startswith(prefix)}
-            )
+        for name, network in self._networks().items():
+            own = {key.removeprefix(f"{name}."): v.float() for key, v in tensors.items() if key.startswith(f"{name}.")}
+            if own or name != "detail":  # a trunk put onto weights that had none starts by changing nothing
+                network.load_state_dict(own)
+
+    def _networks(self) -> dict[str, nn.Module]:
+        """By the names that files and `optimiser.modules` know them by."""
+        detail = {} if self.detail_net is None else {"detail": self.detail_net}
+        return {"mean": self.mean_net, **detail, "denoiser": self.denoiser}
 
     # -- arithmetic --------------------------------------------------------------------------------------------
 
@@ -208,6 +224,28 @@ class EmbeddedRestorer(Restorer):
 
     def _autocast(self, device_type: str):
         return torch.autocast(device_type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+
+class Trunk(nn.Module):
+    """Residual blocks at the cells' own resolution, without norms (as EDSR, arXiv 1707.02921). Starts as 0."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: EmbeddedConfig):
+        super().__init__()
+        width = config.detail_channels
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+            for _ in range(config.detail_blocks)
+        )
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.conv_out(nn.functional.silu(x))
 
 
 def _velocity_from_raw(raw: Tensor, z_t: Tensor, t: Tensor, gain: Tensor) -> Tensor:
@@ -253,4 +291,6 @@ def _with_saved_architecture(config: EmbeddedConfig, folder: Path) -> EmbeddedCo
     if saved.pop("kind", None) != "embedded":
         raise ValueError(f"restorer.weights: {folder} does not hold an embedded restorer")
     known = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    if not known.get("detail_channels"):  # weights without a trunk may be given one, see Trunk
+        known = {key: value for key, value in known.items() if not key.startswith("detail_")}
     return EmbeddedConfig(**{**asdict(config), **known})

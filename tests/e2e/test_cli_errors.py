@@ -73,7 +73,7 @@ MISSPELT = {
     "rewards.low_frequency.params.sigma_x=2": ["rewards.low_frequency", "sigma_x"],
     "run.steps=many": ["run", "steps", "many"],
     "run.steps": ["'run.steps' is not key=value"],
-    "algorithm.kind=null": ["algorithm.kind is missing", "grpo, nft"],
+    "algorithm.kind=null": ["algorithm.kind is missing", "grpo,", "nft,"],
     "run.name=a/b": ["run.name 'a/b'", "plain folder name"],
 }
 

@@ -45,7 +45,7 @@ def test_it_resumes_bit_for_bit(tmp_path: Path) -> None:
     straight, metrics = checkpoint_tensors(run, 6), read_metrics(run / "metrics.jsonl")
     first = checkpoint_tensors(run, 3)
     moved = [name for name, value in straight.items() if name.startswith("parameters") and not value.equal(first[name])]
-    assert any("mean_net" in name for name in moved) and any("denoiser" in name for name in moved)
+    assert any(".mean." in name for name in moved) and any("denoiser" in name for name in moved)
     assert metrics[-1]["eval/psnr_rgb/mean_of_samples"] > 10  # a picture, not noise
     shutil.rmtree(run / "checkpoints" / "step_000006")
     finetune(tmp_path)
@@ -59,11 +59,11 @@ def test_one_network_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     start = tmp_path / "start"
     shutil.copytree(tmp_path / "runs" / "tiny" / "weights", start)
     run = finetune(tmp_path, "run.steps=3", "run.name=tiny", "run.resume=never", "run.overwrite=true",
-                   f"restorer.weights={start}", "optimiser.modules=[mean_net]")  # fmt: skip
+                   f"restorer.weights={start}", "optimiser.modules=[mean]")  # fmt: skip
     after = load_file(run / "weights" / "weights.safetensors")
     moved = {name for name, value in both.items() if not value.equal(after[name])}
     assert moved and all(name.startswith("mean.") for name in moved)
     with pytest.raises(SystemExit) as stop:
         app(["finetune", str(tmp_path / "tiny.yaml"), "run.name=other", "optimiser.modules=[vae]"])
     assert stop.value.code
-    assert "optimiser.modules: this restorer has ['denoiser', 'mean_net'], not ['vae']" in capsys.readouterr().err
+    assert "optimiser.modules: this restorer has ['denoiser', 'mean'], not ['vae']" in capsys.readouterr().err
