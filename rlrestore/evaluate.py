@@ -155,6 +155,6 @@ def caveats(tasks: Sequence[Task]) -> list[str]:
     if photos < FEW_PHOTOS:
         lines.append(
             f"note: {photos} photos are too few for a bootstrap interval, which is then too narrow: take at least "
-            f"{FEW_PHOTOS}, with evaluate.tasks=N"
+            f"{FEW_PHOTOS} (evaluate.tasks=N, env.held_out_folder=FOLDER)"
         )
     return lines

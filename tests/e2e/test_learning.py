@@ -20,7 +20,7 @@ from rlrestore.rundir import open_run
 from rlrestore.statistics import bootstrap_ci
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RUNS = {"grpo": CONFIGS / "algorithms" / "grpo.yaml", "nft": CONFIGS / "quickstart.yaml"}  # as they are shipped
+RUNS = {"grpo": CONFIGS / "quickstart.yaml", "nft": CONFIGS / "algorithms" / "nft.yaml"}  # as they are shipped
 
 pytestmark = pytest.mark.slow
 
