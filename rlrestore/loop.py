@@ -61,6 +61,8 @@ def train(run: Run) -> dict[str, MetricRow]:
     clock = Clock(run.times, run.seconds_before)
     print(f"evaluating the base on {run.evaluation.images} held-out images, then measuring speed", flush=True)
     base = run.evaluation.measure(crew, "base")
+    if run.first == 0:
+        _log_rows(run, compare(base, base, run.evaluation.rubric), 0)  # where the held-out curves start
     _probe(run, clock)
     # closed on an error, too, so that its message has a line of its own
     with tqdm(total=config.run.steps, initial=run.first, desc=config.run.name, unit="it", smoothing=0.1) as progress:
@@ -155,13 +157,17 @@ def _show(progress: tqdm, scores: RubricScores) -> None:
 def _evaluate(run: Run, base: Measured, done: int) -> tuple[dict[str, MetricRow], str]:
     tuned = run.evaluation.measure(run.crew, run.config.evaluate.weights)
     rows = compare(base, tuned, run.evaluation.rubric)
+    _log_rows(run, rows, done)
+    picture = run.log.image(done, "eval/lq_base_tuned_gt", run.evaluation.grid(base, tuned))
+    return rows, str(picture)
+
+
+def _log_rows(run: Run, rows: dict[str, MetricRow], done: int) -> None:
     scalars: dict[str, float] = {}
     for name, row in rows.items():
         if row.n:
             scalars |= {f"eval/{row.role}/{name}/tuned": row.tuned, f"eval/{row.role}/{name}/delta": row.delta}
     run.log.scalars(done, scalars)
-    picture = run.log.image(done, "eval/lq_base_tuned_gt", run.evaluation.grid(base, tuned))
-    return rows, str(picture)
 
 
 def _save(run: Run, done: int, clock: Clock) -> None:
