@@ -92,7 +92,7 @@ def tensorboard_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 def assert_same_log(one: Path, other: Path) -> None:
     records = [[comparable(record) for record in read_metrics(run / "metrics.jsonl")] for run in (one, other)]
-    assert [record["step"] for record in records[0]] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records[0]] == [0, 1, 2, 3, 4, 5, 6]  # 0: the base, held out
     assert records[0] == records[1]
     scalars = tensorboard_scalars(one)
     assert [step for step, _ in scalars["reward/mix/mean"]] == [1, 2, 3, 4, 5, 6]  # each step once
