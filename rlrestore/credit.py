@@ -51,7 +51,7 @@ def group_credit(
     """Advantages of N = groups * K rollouts, row-major by group, from R rewards.
 
     baseline    what is subtracted: "mean" of the group, or of its other members ("leave_one_out", RLOO, arXiv 2402.14740: n/(n-1)
-                times as large, which only `normalise` "none" leaves so)
+                times as large, which the last step of "normalise_then_sum" takes away again unless `normalise` is "none")
     rank        each reward first becomes its rank inside the group, from -1 to 1; ties share their mean rank, and a group in which
                 the reward's std is below its floor is one tie
     normalise   centre, then divide by (std + 1e-4): "pooled" sqrt(mean over groups of the variance),

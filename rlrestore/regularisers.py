@@ -1,8 +1,8 @@
 """What keeps a policy near its start whatever its rewards say; usable with every algorithm.
 
 Each is a penalty on the velocities that the algorithm's loss was computed from, against those of the frozen start, so it
-costs one more forward and no new samples. Rewards have zero mean inside a group, a penalty has not: small weights act
-strongly over time.
+costs one more forward (none if the algorithm asks the start anyway) and no new samples. Rewards have zero mean inside a
+group, a penalty has not: small weights act strongly over time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def penalties(
     """Name -> (weight, [B] penalty) of each that is switched on; gradients flow through `visit.v` only."""
     if not config.active:
         return {}
-    v_ref = policies.reference_velocity(visit.z_t, visit.t_B, batch.condition)
+    v_ref = visit.v_reference
+    if v_ref is None:
+        v_ref = policies.reference_velocity(visit.z_t, visit.t_B, batch.condition)
     found = {}
     if config.velocity > 0:
         found["velocity"] = (config.velocity, velocity_mse_N(visit.v, v_ref))

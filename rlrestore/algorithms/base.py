@@ -54,6 +54,7 @@ class Visit:
     z_t: Tensor  # [B, *latent] float32
     t_B: Tensor  # [B] float32
     v: Tensor  # [B, *latent] float32, with its gradient
+    v_reference: Tensor | None  # [B, *latent] what the frozen start says there, if the algorithm asked it
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlrestore.algorithms.base import Batch, check_options
+from rlrestore.algorithms.base import Batch, Needs, check_options
 from rlrestore.algorithms.objectives import d3po_loss_P
 from rlrestore.algorithms.pairs import pair_rows, spread_over_groups
 from rlrestore.algorithms.trajectory import Replay, TrajectoryAlgorithm, TrajectoryConfig
@@ -28,8 +28,7 @@ class D3poConfig(TrajectoryConfig):
 
 class D3po(TrajectoryAlgorithm):
     config: D3poConfig
-    asks_reference = True
-    asks_groups = True
+    needs = Needs(trajectory=True, reference=True, groups=True)
 
     def __init__(self, config: D3poConfig):
         super().__init__(config)

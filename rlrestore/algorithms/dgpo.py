@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rlrestore.algorithms.base import Batch, Needs, Policies, check_options
 from rlrestore.algorithms.forward import ForwardAlgorithm, ForwardConfig, Noised
-from rlrestore.algorithms.objectives import dgpo_loss_N, velocity_mse_N
+from rlrestore.algorithms.objectives import dgpo_loss_N
 
 
 @dataclass
@@ -32,15 +33,11 @@ class Dgpo(ForwardAlgorithm):
         check_options(
             config,
             ("beta", config.beta > 0, "positive; published are 10 to 100"),
-            ("shared_noise", config.shared_noise, "true: members are compared at the same t and eps"),
         )
 
     def objective(self, noised: Noised, policies: Policies, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        v_reference = policies.reference_velocity(noised.z_t, noised.t_B, batch.condition)
-        error_B = velocity_mse_N(noised.v, noised.target)
-        error_reference_B = velocity_mse_N(v_reference, noised.target)
-        group_B = noised.t_B.new_tensor([row.group for row in batch.rows_B]).long()
+        group_B = torch.tensor([row.group for row in batch.rows_B], device=noised.t_B.device)
         loss_B, weight_B = dgpo_loss_N(
-            error_B, error_reference_B, batch.advantage_B, batch.weight_B, group_B, self.config.beta
+            noised.error_B, noised.error_reference_B, batch.advantage_B, batch.weight_B, group_B, self.config.beta
         )
         return loss_B, {"group_weight": weight_B}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlrestore.algorithms.base import Batch, Needs, Policies, check_options
 from rlrestore.algorithms.forward import ForwardAlgorithm, ForwardConfig, Noised
-from rlrestore.algorithms.objectives import dpo_loss_P, velocity_mse_N
+from rlrestore.algorithms.objectives import dpo_loss_P
 from rlrestore.algorithms.pairs import pair_rows, spread_over_groups
 
 
@@ -23,9 +23,8 @@ from rlrestore.algorithms.pairs import pair_rows, spread_over_groups
 class DpoConfig(ForwardConfig):
     shared_noise: bool = True
     beta: float = 2000.0  # of mean-reduced errors; 100 to 5000 are published
-    pairs: int = (
-        2  # the N best of a group against its N worst: N^2 pairs; DP2O-SR: a quarter of the group for small models
-    )
+    # the N best of a group against its N worst: N^2 pairs; DP2O-SR: a quarter of the group for small models
+    pairs: int = 2
     winner_weight: float = 0.0  # of plain flow matching on the winners, against both errors rising together
 
 
@@ -40,13 +39,11 @@ class Dpo(ForwardAlgorithm):
             ("beta", config.beta > 0, "positive, e.g. 2000"),
             ("pairs", config.pairs >= 1, "at least 1"),
             ("winner_weight", config.winner_weight >= 0, "0 or positive"),
-            ("shared_noise", config.shared_noise, "true: winner and loser are compared at the same t and eps"),
         )
 
     def objective(self, noised: Noised, policies: Policies, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        v_reference = policies.reference_velocity(noised.z_t, noised.t_B, batch.condition)
-        error_B = velocity_mse_N(noised.v, noised.target)
-        gain_B = velocity_mse_N(v_reference, noised.target) - error_B  # > 0: closer to the rollout than the start is
+        error_B = noised.error_B
+        gain_B = noised.error_reference_B - error_B  # > 0: closer to the rollout than the start is
         pairs = pair_rows(batch, self.config.pairs)
         loss_P = dpo_loss_P(gain_B[pairs.winner_P], gain_B[pairs.loser_P], self.config.beta)
         loss_P = loss_P + self.config.winner_weight * error_B[pairs.winner_P]

@@ -36,6 +36,18 @@ class Noised:
     t_B: Tensor  # [B]
     target: Tensor  # [B, *latent] eps - z_0
     v: Tensor  # [B, *latent] with its gradient
+    v_reference: Tensor | None  # [B, *latent] of the frozen start, if the method needs it
+
+    @property
+    def error_B(self) -> Tensor:
+        """[B] matching error of the current policy, with its gradient."""
+        return velocity_mse_N(self.v, self.target)
+
+    @property
+    def error_reference_B(self) -> Tensor:
+        """[B] matching error of the frozen start."""
+        assert self.v_reference is not None, "the method uses a reference that its Needs do not declare"
+        return velocity_mse_N(self.v_reference, self.target)
 
 
 class ForwardAlgorithm(Algorithm):
@@ -47,6 +59,11 @@ class ForwardAlgorithm(Algorithm):
             ("times", config.times >= 1, "at least 1"),
             ("t_range", 0 < config.t_range[0] < config.t_range[1] <= 1, "two times in (0, 1], the smaller first"),
             ("updates", config.updates >= 1, "at least 1"),
+            (
+                "shared_noise",
+                config.shared_noise or not self.needs.groups,
+                "true: members are compared at the same t and eps",
+            ),
         )
         self.config = config
         self.updates = config.updates
@@ -67,13 +84,14 @@ class ForwardAlgorithm(Algorithm):
         t_B = torch.full((len(eps),), point.t, device=eps.device)
         z_t = (1 - point.t) * batch.z_0 + point.t * eps
         v = policies.velocity(z_t, t_B, batch.condition)
-        noised = Noised(z_t, t_B, eps - batch.z_0, v)
+        v_reference = policies.reference_velocity(z_t, t_B, batch.condition) if self.needs.reference else None
+        noised = Noised(z_t, t_B, eps - batch.z_0, v, v_reference)
         loss_B, metrics = self.objective(noised, policies, batch)
         metrics |= {
             "matching_error": velocity_mse_N(v.detach(), noised.target),
             "z0_rms": batch.z_0.square().flatten(1).mean(1).sqrt(),
         }
-        return Loss(loss_B, metrics, {}, Visit(z_t, t_B, v))
+        return Loss(loss_B, metrics, {}, Visit(z_t, t_B, v, v_reference))
 
     def _noise(self, batch: Batch, point: Point) -> Tensor:
         """[B, *latent], a function of the point and of each row, whichever rank and micro-batch it is in."""

@@ -7,8 +7,7 @@ A step is a Gaussian transition N(mu, S^2); its log-probability and its KL are m
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,8 +43,7 @@ class Replay:
 
 class TrajectoryAlgorithm(Algorithm):
     config: TrajectoryConfig
-    asks_reference: ClassVar[bool] = False  # whatever kl_beta is
-    asks_groups: ClassVar[bool] = False
+    needs = Needs(trajectory=True)
 
     def __init__(self, config: TrajectoryConfig):
         check_options(
@@ -54,9 +52,8 @@ class TrajectoryAlgorithm(Algorithm):
             ("updates", config.updates >= 1, "at least 1"),
         )
         self.config = config
-        self.needs = Needs(
-            trajectory=True, reference=self.asks_reference or config.kl_beta > 0, groups=self.asks_groups
-        )
+        if config.kl_beta > 0:
+            self.needs = replace(self.needs, reference=True)
         self.updates = config.updates
 
     @abstractmethod
@@ -75,7 +72,7 @@ class TrajectoryAlgorithm(Algorithm):
         v = policies.velocity(z_t, t_B, batch.condition)
         gaussian = trajectory.chain.step(z_t, v, step)
         mean_old = trajectory.mean_NS[:, position]
-        mean_reference = None
+        v_reference = mean_reference = None
         if self.needs.reference:
             v_reference = policies.reference_velocity(z_t, t_B, batch.condition)
             mean_reference = trajectory.chain.step(z_t, v_reference, step).mean
@@ -103,4 +100,4 @@ class TrajectoryAlgorithm(Algorithm):
             "ratio_deviation_max": torch.expm1(log_ratio_B.detach()).abs(),
             "logp_deviation_max": (logp_B - trajectory.logp_NS[:, position]).abs(),
         }
-        return Loss(loss_B, metrics, extremes, Visit(z_t, t_B, v))
+        return Loss(loss_B, metrics, extremes, Visit(z_t, t_B, v, v_reference))

@@ -195,7 +195,7 @@ class EmbeddedRestorer(Restorer):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps([getattr(self.config, key) for key in ARCHITECTURE]).encode())
-        for network in [self._networks()[name] for name in ("mean", "detail") if name in self._networks()]:
+        for network in (network for part, network in self._networks().items() if part != "denoiser"):
             for name, tensor in sorted(network.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

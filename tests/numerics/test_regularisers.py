@@ -20,7 +20,7 @@ BOTH = RegulariseConfig(velocity=0.5, low_frequency=3.0)
 
 
 def visit(v: Tensor, t: float) -> Visit:
-    return Visit(torch.full_like(v, 0.5), torch.full((len(v),), t), v)
+    return Visit(torch.full_like(v, 0.5), torch.full((len(v),), t), v, None)
 
 
 def test_brightness_is_low_frequency_and_weights_are_handed_on() -> None:
