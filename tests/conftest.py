@@ -45,6 +45,8 @@ os.environ.update(
         "MPLCONFIGDIR": str(_CACHES / "matplotlib"),
         "MPLBACKEND": "Agg",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_open_telemetry": "0",  # as rlrestore.actors sets it, which comes too late where a test imports ray first
+        "RAY_enable_metrics_collection": "0",
         "TERM": "dumb",  # rich and typer wrap by the terminal's width otherwise
         "COLUMNS": "120",
         "NO_COLOR": "1",

@@ -2,6 +2,10 @@
 
 Ray reads its security settings when it is imported, so they are set here, before any module of this package imports it:
 a local Ray binds to 127.0.0.1 and asks for a token; for a cluster, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH is the user's.
+
+Ray's own metrics are off, which nobody reads here: its OpenTelemetry exporter outlives ray.shutdown(), fails for want of an
+agent and logs that with a logger that the exit of the process has already destroyed. Up to half of all runs ended in a
+segmentation fault after their work was done (Ray 2.60, `OpenTelemetryMetricExporter::Export` under `__run_exit_handlers`).
 """
 
 import os
@@ -9,3 +13,5 @@ import os
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # the constant that makes Ray listen on loopback only
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_enable_open_telemetry", "0")
+os.environ.setdefault("RAY_enable_metrics_collection", "0")
