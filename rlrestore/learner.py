@@ -22,7 +22,7 @@ from rlrestore.algorithms.objectives import ema_decay
 from rlrestore.checkpoint import load_tensors, read_json, save_tensors, write_json_atomic
 from rlrestore.config import RegulariseConfig
 from rlrestore.diffusion.sampling import Chain
-from rlrestore.engine.base import Engine
+from rlrestore.engine.base import Engine, NonFiniteError
 from rlrestore.lr import warmup_factor
 from rlrestore.optimiser import Ema, select_trainable
 from rlrestore.regularisers import penalties
@@ -130,6 +130,7 @@ class Learner:
         maxima: dict[str, float] = {}
         grad_norms: list[float] = []
         skipped, lr = 0, 0.0
+        self.policies.rows.clear()
         points = self.algorithm.points(chain, request.point_seed)
         plan = plan_updates([len(chunk.rows) for chunk in request.chunks], self.micro_batch, self.algorithm.updates)
         for micro_batches, total in zip(plan, request.totals, strict=True):
@@ -142,6 +143,8 @@ class Learner:
                 for point in points:
                     loss = self._loss(self.policies, batch, point)
                     value = (loss.value_B * batch.weight_B).sum() / (total * len(points))
+                    if not bool(torch.isfinite(value)):
+                        raise NonFiniteError(_what_is_not_finite(loss, request.iteration))
                     self.engine.backward(value)
                     _add(sums, maxima, loss, batch.weight_B, on_policy)
             lr = self.lr * warmup_factor(self.optimiser_steps, self.warmup)
@@ -152,7 +155,7 @@ class Learner:
         self.sampler.forget()
         return UpdateReport(
             {name: (value, weight) for name, (value, weight) in sums.items()},
-            maxima, tuple(grad_norms), lr, skipped, time.perf_counter() - start,
+            maxima, tuple(grad_norms), lr, skipped, dict(self.policies.rows), time.perf_counter() - start,
         )  # fmt: skip
 
     def _loss(self, policies: Policies, batch: Batch, point: Point) -> Loss:
@@ -264,6 +267,15 @@ def _copy_into(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     parameters = dict(network.named_parameters())
     for name, value in weights.items():
         parameters[name].copy_(value)
+
+
+def _what_is_not_finite(loss: Loss, iteration: int) -> str:
+    named = {"loss": loss.value_B, **loss.metrics, **loss.extremes}
+    broken = [name for name, value_B in named.items() if not bool(torch.isfinite(value_B).all())]
+    return (
+        f'not finite in the update of iteration {iteration}: {", ".join(broken)} (docs/metrics.md, "Policy"). Nothing was '
+        "updated, published or saved: lower engine.lr, or look at the pictures of the last checkpoint"
+    )
 
 
 def _add(sums: dict[str, list[float]], maxima: dict[str, float], loss: Loss, weight_B: Tensor, on_policy: bool) -> None:

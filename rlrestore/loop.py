@@ -27,6 +27,7 @@ from rlrestore.rundir import RunDir, versions
 from rlrestore.stages import (
     assign_credit,
     combine,
+    cost_metrics,
     make_chunks,
     policy_metrics,
     reward_metrics,
@@ -141,6 +142,7 @@ def _report(
             **reward_metrics(scores, run.config.rollout.groups),
             **{f"group/{name}": value for name, value in credit.stats.items()},
             **policy_metrics(reports),
+            **cost_metrics(images, reports, len(scores.valid_N)),
             "x0/latent_mean": sum(item.z0_mean for item in images) / len(images),
             "x0/latent_rms": sum(item.z0_rms for item in images) / len(images),
             **clock.stop(run.config.rollout.groups * run.config.rollout.samples),

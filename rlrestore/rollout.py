@@ -35,8 +35,9 @@ class Sampler:
         with torch.no_grad():
             pixels = to_pixels(self.restorer.decode(z_0, condition)).cpu()
         images = Images(
-            chunk.index, pixels, float(z_0.mean()), float(z_0.square().mean().sqrt()), time.perf_counter() - start
-        )
+            chunk.index, pixels, float(z_0.mean()), float(z_0.square().mean().sqrt()),
+            len(seeds) * chain.evaluations, time.perf_counter() - start,
+        )  # fmt: skip
         return images, Latents(chunk.index, z_0.cpu(), trajectory and trajectory.to("cpu"), version, weights_sha)
 
     def forget(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from rlrestore.crew import Scored, deal
 from rlrestore.diffusion.sampling import Chain
 from rlrestore.diffusion.schedules import time_schedule
 from rlrestore.seeds import derive_seed
-from rlrestore.types import Chunk, Row, UpdateReport, UpdateRequest, plan_updates
+from rlrestore.types import Chunk, Images, Row, UpdateReport, UpdateRequest, plan_updates
 
 
 def rollout_chain(config: SamplingConfig, seed: int, iteration: int, stochastic: bool) -> Chain:
@@ -134,6 +135,16 @@ def policy_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:
         metrics["train/lr"] = first.lr
     metrics["train/skipped_steps"] = float(first.skipped_steps)
     return dict(sorted(metrics.items()))
+
+
+def cost_metrics(images: Sequence[Images], reports: Sequence[UpdateReport], rollouts: int) -> dict[str, float]:
+    """Evaluations of the network, of one rollout each (docs/algorithms.md, "Cost")."""
+    rows = sum((Counter(report.rows) for report in reports), Counter())
+    return {
+        "cost/sample_forwards": sum(item.forwards for item in images) / rollouts,
+        "cost/train_forwards": (rows["old"] + rows["reference"]) / rollouts,
+        "cost/train_backwards": rows["current"] / rollouts,
+    }
 
 
 def _distribution(tag: str, values: Tensor) -> dict[str, float]:

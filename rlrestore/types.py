@@ -59,6 +59,7 @@ class Images:
     pixels: Tensor  # [B, 3, H, W] uint8
     z0_mean: float  # of the chunk, for the log: brightness drift shows here first
     z0_rms: float
+    forwards: int  # rows that the network evaluated for them
     seconds: float  # that sampling took in its process
 
     def restorations(self, chunk: Chunk) -> list[Restoration]:
@@ -87,6 +88,7 @@ class UpdateReport:
     grad_norms: tuple[float, ...]  # a step taken, before clipping
     lr: float
     skipped_steps: int  # planned steps without any kept sample
+    rows: dict[str, int]  # evaluated by each network: current (with its backward), old, reference
     seconds: float
 
 

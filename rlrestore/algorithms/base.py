@@ -7,7 +7,8 @@ forward process), and gives the loss of one micro-batch at one point. It owns no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -73,18 +74,22 @@ class Policies:
     current: nn.Module
     old: nn.Module | None = None
     reference: nn.Module | None = None
+    rows: Counter[str] = field(default_factory=Counter)  # evaluated so far, by network
 
     def velocity(self, z_t: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        self.rows["current"] += len(z_t)
         return self.restorer.velocity(z_t, t_B, condition, self.current)
 
     @torch.no_grad()
     def old_velocity(self, z_t: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
         assert self.old is not None, "the algorithm uses an old policy that its Needs do not declare"
+        self.rows["old"] += len(z_t)
         return self.restorer.velocity(z_t, t_B, condition, self.old)
 
     @torch.no_grad()
     def reference_velocity(self, z_t: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
         assert self.reference is not None, "the algorithm uses a reference that its Needs do not declare"
+        self.rows["reference"] += len(z_t)
         return self.restorer.velocity(z_t, t_B, condition, self.reference)
 
 

@@ -26,6 +26,11 @@ class Chain:
     level: float = 0.0  # noise level of the kernel
     window: tuple[int, ...] = ()  # step indices that are stochastic and recorded
 
+    @property
+    def evaluations(self) -> int:
+        """Of the network, a sample."""
+        return len(self.times) - 1
+
     def step(self, z_t: Tensor, v: Tensor, index: int) -> StepGaussian:
         """The Gaussian of recorded step `index`."""
         return KERNELS[self.kernel](z_t, v, self.times[index], self.times[index + 1], self.level, self.times[1])
@@ -76,7 +81,7 @@ def sample(
 ) -> tuple[Tensor, Trajectory | None]:
     """Integrate from noise: z_0 [N, *latent] float32, and the trajectory if the chain has a window.
 
-    `condition` has N rows, one a seed; `temperatures` scale the initial noise of each. Costs len(times) - 1 network evaluations.
+    `condition` has N rows, one a seed; `temperatures` scale the initial noise of each. Costs `chain.evaluations` of the network.
     """
     device = restorer.device
     noise, generators = seeded_noise(seeds, restorer.latent_shape(condition))  # on the CPU: the same on every machine
@@ -84,7 +89,7 @@ def sample(
         noise = noise * torch.tensor(temperatures, dtype=torch.float32).view(-1, *[1] * (noise.ndim - 1))
     z = noise.to(device)
     before, after, means, logps = [], [], [], []
-    for index in range(len(chain.times) - 1):
+    for index in range(chain.evaluations):
         t = chain.times[index]
         v = restorer.velocity(z, torch.full((len(seeds),), t, device=device), condition, net)
         if index in chain.window:

@@ -14,6 +14,7 @@ from rlrestore.algorithms.registry import ALGORITHMS
 from rlrestore.build import build_crew, build_env, load_train_config
 from rlrestore.config import ConfigError
 from rlrestore.crew import LocalCrew, StageTimes
+from rlrestore.stages import cost_metrics
 from tests.tiny import iterate, tiny_config
 
 # Forwards of the current, old and reference networks at one training point of one micro-batch (docs/algorithms.md, "Cost").
@@ -65,7 +66,7 @@ def test_it_moves_the_policy_at_its_documented_cost(folder: Path, env: Env, kind
         return updating(request, chain)
 
     learner.update = update  # type: ignore[method-assign]
-    _, (report,) = iterate(crew, config, env, algorithm.needs.trajectory, algorithm.updates, 0)
+    scored, (report,) = iterate(crew, config, env, algorithm.needs.trajectory, algorithm.updates, 0)
     assert len(report.grad_norms) == algorithm.updates and min(report.grad_norms) > 0
     after = learner.weights("current")
     assert any(not value.equal(before[name]) for name, value in after.items())
@@ -79,6 +80,12 @@ def test_it_moves_the_policy_at_its_documented_cost(folder: Path, env: Env, kind
     if regularised:  # the start is asked once a point, whoever wants to know
         cost["reference"] = 1
     assert {name: calls[name] for name in cost} == {name: n * points * micro_batches for name, n in cost.items()}
+    logged = cost_metrics([part.images for part in scored], [report], config.rollout.groups * config.rollout.samples)
+    assert logged == {
+        "cost/sample_forwards": config.sampling.steps,
+        "cost/train_forwards": (cost["old"] + cost["reference"]) * points,
+        "cost/train_backwards": points,
+    }
 
 
 @pytest.mark.parametrize("kind", ["d3po", "dgpo", "dpo"])
