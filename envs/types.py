@@ -23,6 +23,11 @@ class Task:
     gt: Tensor | None = None  # [3, H, W] reference of the same size, if there is one
     record: Mapping[str, float] = field(default_factory=dict)  # what the degradation did, by name
 
+    @property
+    def photo(self) -> str:
+        """The photo that it is a crop of: its id up to the first "@"."""
+        return self.id.split("@", 1)[0]
+
 
 @dataclass(frozen=True)
 class Restoration:

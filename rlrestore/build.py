@@ -36,6 +36,7 @@ from rlrestore.diffusion.schedules import time_schedule
 from rlrestore.engine.base import Engine, EngineOptions
 from rlrestore.engine.build import ENGINES, build_engine, free_port
 from rlrestore.evaluate import Evaluation
+from rlrestore.history import RewardHistory
 from rlrestore.learner import Learner
 from rlrestore.log import RunLog
 from rlrestore.loop import Run, resume
@@ -97,7 +98,7 @@ def _check_choices(config: TrainConfig) -> None:
         ("sampling.sampler", config.sampling.sampler, ("ode", *sorted(KERNELS))),
         ("evaluate.weights", config.evaluate.weights, ("current", "ema")),
         ("credit.normalise", config.credit.normalise, ("global", "group", "none", "pooled")),
-        ("credit.baseline", config.credit.baseline, ("leave_one_out", "mean")),
+        ("credit.baseline", config.credit.baseline, ("history", "leave_one_out", "mean")),
         ("credit.fuse", config.credit.fuse, ("normalise_then_sum", "sum_then_normalise")),
     ):
         if value not in choices:
@@ -115,6 +116,7 @@ def _check_numbers(config: TrainConfig) -> None:
             (f"regularise.{key}", weight, weight >= 0, "0 or positive")
             for key, weight in vars(config.regularise).items()
         ),
+        ("credit.history", config.credit.history, config.credit.history >= 2, "at least 2, e.g. 16"),
         ("credit.clamp", config.credit.clamp, config.credit.clamp > 0, "positive, e.g. 5"),
         ("engine.lr", engine.lr, engine.lr > 0, "positive, e.g. 1e-4"),
         (
@@ -342,13 +344,26 @@ def build_run(config: TrainConfig, folder: RunDir, env: Env) -> Run:
     budget = FailureBudget(
         config.reward_budget.max_fraction, config.reward_budget.window, config.reward_budget.min_scores
     )
+    history = RewardHistory(config.credit.history) if config.credit.baseline == "history" else None
     crew = build_crew(config, times)
     try:
         folder.write_config(config)
         folder.write_facts(kind="train", started=now(), versions=versions(), data=env.fingerprint(), exit="running")
         first = int(folder.resume_from.name.removeprefix("step_")) if folder.resume_from else 0
         log = RunLog(folder.path, purge_step=first + 1 if first else 0)
-        run = Run(config, env, rubric, crew, evaluation, folder, log, budget, times, build_algorithm(config.algorithm))
+        run = Run(
+            config,
+            env,
+            rubric,
+            crew,
+            evaluation,
+            folder,
+            log,
+            budget,
+            times,
+            build_algorithm(config.algorithm),
+            history,
+        )
         resume(run)
     except BaseException:
         crew.close()

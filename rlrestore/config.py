@@ -71,7 +71,8 @@ class CreditConfig:
     """How scores become advantages (algorithms.md 7)."""
 
     normalise: str = "pooled"  # std that divides: pooled | group | global | none
-    baseline: str = "mean"  # what is subtracted: mean | leave_one_out (of the group)
+    baseline: str = "mean"  # what is subtracted: mean | leave_one_out (of the group) | history (of the photo)
+    history: int = 16  # scores of a photo that `baseline: history` remembers
     rank: bool = False  # rewards become ranks inside their group first
     fuse: str = "normalise_then_sum"  # normalise_then_sum | sum_then_normalise
     clamp: float = 5.0
@@ -222,14 +223,12 @@ PluginSchemas = Mapping[str, Mapping[str, type]]  # section -> kind -> dataclass
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """File plus `key=value` overrides as plain data."""
+    """File, over the one that its key `base` names, plus `key=value` overrides, as plain data."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config {path} does not exist; the shipped ones are in configs/")
     try:
-        loaded = OmegaConf.load(path)
-        if not isinstance(loaded, DictConfig):
-            raise ConfigError(f"{path}: expected sections such as 'run:' and 'env:' at the top level")
+        loaded = _with_base(path)
         dotlist = OmegaConf.from_dotlist(list(overrides))
         data = OmegaConf.to_container(OmegaConf.merge(loaded, dotlist), resolve=True)
     except ConfigError:
@@ -240,6 +239,28 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         if "=" not in override:
             raise ConfigError(f"'{override}' is not key=value, e.g. run.steps=20")
     return data  # type: ignore[return-value]
+
+
+def _with_base(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
+    """A file merged onto its base, whose path is relative to the file. A section of another `kind` replaces the base's."""
+    loaded = OmegaConf.load(path)
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: expected sections such as 'run:' and 'env:' at the top level")
+    if "base" not in loaded:
+        return loaded
+    named = loaded.pop("base")
+    if not isinstance(named, str) or not (base := path.parent / named).is_file():
+        raise ConfigError(f"{path}: base '{named}' does not exist; it is a path from {path.parent}")
+    if base.resolve() in above:
+        raise ConfigError(f"{path}: base '{named}' leads back to itself")
+    below = _with_base(base, (*above, path.resolve()))
+    for section, given in loaded.items():
+        if isinstance(given, DictConfig) and given.get("kind", None) not in (
+            None,
+            (below.get(section) or {}).get("kind"),
+        ):
+            below.pop(section, None)
+    return OmegaConf.merge(below, loaded)  # type: ignore[return-value]
 
 
 def typed(schema: type, data: Mapping[str, Any], plugins: PluginSchemas, where: str) -> Any:

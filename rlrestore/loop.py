@@ -22,6 +22,7 @@ from rlrestore.config import TrainConfig, config_hash
 from rlrestore.credit import Credit
 from rlrestore.crew import Crew, Scored, StageTimes
 from rlrestore.evaluate import Evaluation, Measured, MetricRow, compare
+from rlrestore.history import RewardHistory
 from rlrestore.log import RunLog
 from rlrestore.rundir import RunDir, versions
 from rlrestore.stages import (
@@ -51,6 +52,7 @@ class Run:
     budget: FailureBudget
     times: StageTimes
     algorithm: Algorithm  # what it needs and where it trains; the learners have their own
+    history: RewardHistory | None = None  # of `credit.baseline: history`
     first: int = 0  # iterations done before this process
     seconds_before: float = 0.0  # that earlier processes spent
 
@@ -82,7 +84,9 @@ def train(run: Run) -> dict[str, MetricRow]:
             rollouts = list(crew.roll_out(chunks, chain))
             scores = combine(rollouts, run.rubric)
             _spend_budget(run.budget, rollouts)
-            credit = assign_credit(scores, config.credit, groups, seed, iteration)
+            credit = assign_credit(
+                scores, config.credit, groups, seed, iteration, run.history, [task.photo for task in tasks]
+            )
             requests = update_requests(
                 chunks, credit, crew.ranks, config.engine.micro_batch, run.algorithm.updates, seed, iteration
             )
@@ -183,7 +187,13 @@ def _save(run: Run, done: int, clock: Clock) -> None:
         run.crew.save(folder)
         run.crew.export(folder / "restorer", run.config.evaluate.weights)
         write_json_atomic(
-            folder / "loop.json", {"iteration": done, "budget": run.budget.state_dict(), "seconds": clock.total_s()}
+            folder / "loop.json",
+            {
+                "iteration": done,
+                "budget": run.budget.state_dict(),
+                "history": run.history and run.history.state_dict(),
+                "seconds": clock.total_s(),
+            },
         )
     retain(run.folder.path, run.config.checkpoint.keep)
 
@@ -198,6 +208,8 @@ def resume(run: Run) -> None:
     state = read_json(folder / "loop.json")
     run.first, run.seconds_before = state["iteration"], state["seconds"]
     run.budget.load_state_dict(state["budget"])
+    if run.history is not None:
+        run.history.load_state_dict(state["history"])
 
 
 def _finish(run: Run, base: Measured, clock: Clock) -> dict[str, MetricRow]:

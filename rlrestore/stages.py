@@ -10,12 +10,13 @@ from torch import Tensor
 
 from envs.types import Task
 from rewards.base import Scores
-from rewards.rubric import Rubric, RubricScores
+from rewards.rubric import Rubric, RubricScores, mixed
 from rlrestore.config import CreditConfig, SamplingConfig
 from rlrestore.credit import Credit, group_credit
 from rlrestore.crew import Scored, deal
 from rlrestore.diffusion.sampling import Chain
 from rlrestore.diffusion.schedules import time_schedule
+from rlrestore.history import RewardHistory
 from rlrestore.seeds import derive_seed
 from rlrestore.types import Chunk, Images, Row, UpdateReport, UpdateRequest, plan_updates
 
@@ -65,14 +66,29 @@ def combine(scored: Sequence[Scored], rubric: Rubric) -> RubricScores:
     return rubric.combine({name: Scores.cat([part.scores[name] for part in scored]) for name in rubric.names})
 
 
-def assign_credit(scores: RubricScores, config: CreditConfig, groups: int, seed: int, iteration: int) -> Credit:
-    """Advantages and weights. With `config.shuffle` (a control) rewards are first permuted inside each group."""
+def assign_credit(
+    scores: RubricScores,
+    config: CreditConfig,
+    groups: int,
+    seed: int,
+    iteration: int,
+    history: RewardHistory | None = None,
+    photos: Sequence[str] = (),
+) -> Credit:
+    """Advantages and weights. With `config.shuffle` (a control) rewards are first permuted inside each group.
+
+    `history` compares with what each of the G `photos` scored before, instead of inside the group.
+    """
     utility_RN, valid_RN = scores.utility_RN, scores.valid_RN
     if config.shuffle:
         order_N = _shuffle_inside_groups(utility_RN.shape[1], groups, derive_seed(seed, "shuffle", iteration))
         utility_RN, valid_RN = utility_RN[:, order_N], valid_RN[:, order_N]
         # who is masked is a fact of the rollout, not of its reward: a row that failed stays masked
         valid_RN = valid_RN & scores.valid_RN
+    if history is not None:
+        known_N = (valid_RN & (scores.weight_R[:, None] != 0)).any(0)
+        valid_N = known_N & (valid_RN | ~scores.required_R[:, None]).all(0)
+        return history.credit(photos, mixed(utility_RN, scores.weight_R, valid_RN, valid_N), config.clamp)
     return group_credit(
         utility_RN, scores.weight_R, valid_RN, scores.required_R, groups,
         # checked when the config was loaded

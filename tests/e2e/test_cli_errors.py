@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from rlrestore.cli import app
+from rlrestore.config import read_yaml
 from tests.tiny import write_tiny
 
 USAGE = 64
@@ -89,11 +90,24 @@ def test_misspelt(capsys: pytest.CaptureFixture[str], folder: Path, override: st
         ("run: {name: x", ["broken.yaml", "line 1"]),
         ("- a\n- b\n", ["broken.yaml", "sections"]),
         ("run: {name: '${oc.env:HOME}'}", ["broken.yaml", "oc.env"]),  # it would copy secrets into the run folder
+        ("base: none.yaml", ["broken.yaml", "base 'none.yaml' does not exist"]),
+        ("base: broken.yaml", ["broken.yaml", "leads back to itself"]),
     ],
 )
 def test_broken_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: list[str]) -> None:
     (tmp_path / "broken.yaml").write_text(text)
     assert_refused(capsys, tmp_path, tmp_path / "broken.yaml", [], words)
+
+
+def test_a_config_on_a_base_says_what_differs(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "paired.yaml").write_text(
+        f"base: {os.path.relpath(folder / 'tiny_nft.yaml', tmp_path)}\nenv: {{kind: paired, folder: x}}\nalgorithm: {{beta: 0.5}}\n"
+    )
+    data = read_yaml(tmp_path / "paired.yaml", ["run.steps=9"])
+    below = read_yaml(folder / "tiny_nft.yaml")
+    assert "base" not in data and data["env"] == {"kind": "paired", "folder": "x"}  # another kind: none of its keys
+    assert data["algorithm"] == {**below["algorithm"], "beta": 0.5}
+    assert data["run"] == {**below["run"], "steps": 9} and data["rewards"] == below["rewards"]
 
 
 def test_missing_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -29,8 +29,13 @@ from rlrestore.log import CLOCK_PREFIXES, comparable, read_metrics
 from tests.tiny import write_tiny
 
 OPTIONS = ["run.steps=6", "checkpoint.every=3", "evaluate.every=2", "evaluate.tasks=2"]
+REMEMBERS = ["credit.baseline=history", "credit.history=8"]  # a loop with a memory of its own
 LIMIT_S = 600
 USAGE = 64
+
+
+def options_of(algorithm: str) -> list[str]:
+    return OPTIONS + REMEMBERS if algorithm == "grpo" else OPTIONS
 
 
 def run_cli(*arguments: object) -> int:
@@ -112,7 +117,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         if algorithm not in done:
             folder, draws = tmp_path_factory.mktemp(algorithm), {}
             with recorded_draws(draws):
-                assert run_cli("train", write_tiny(folder, algorithm), *OPTIONS, "run.name=straight") == 0
+                assert run_cli("train", write_tiny(folder, algorithm), *options_of(algorithm), "run.name=straight") == 0
             done[algorithm] = folder / "runs" / "straight", draws
         return done[algorithm]
 
@@ -123,7 +128,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 def test_a_killed_run_continues_bit_for_bit(straight: Callable[[str], Any], algorithm: str) -> None:
     run, draws = straight(algorithm)
     folder, killed = run.parent.parent, run.parent / "killed"
-    config, options = folder / f"tiny_{algorithm}.yaml", [*OPTIONS, "run.name=killed"]
+    config, options = folder / f"tiny_{algorithm}.yaml", [*options_of(algorithm), "run.name=killed"]
     checkpoint = killed / "checkpoints" / "step_000003" / "MANIFEST.json"
 
     def ready() -> bool:

@@ -1,11 +1,13 @@
 """Advantages on numbers that can be worked out by hand, and what missing scores must not do."""
 
+import json
 import math
 
 import pytest
 import torch
 
 from rlrestore.credit import Credit, group_credit
+from rlrestore.history import RewardHistory
 
 NAN = math.nan
 
@@ -269,3 +271,38 @@ def test_a_spread_below_the_floor_is_one_tie():
     rewards = [[0.500, 0.501, 0.502, 0.1, 0.5, 0.9]]
     c = credit(rewards, 2, normalise="none", rank=True, floor_R=[0.01])
     assert values(c) == pytest.approx([0, 0, 0, -1, 0, 1])
+
+
+# --- against the past of each photo (DDPO) -----------------------------------------------------------------------------
+
+
+def test_a_photo_is_compared_with_its_last_scores():
+    history = RewardHistory(depth=4)
+    # no photo has 4 scores yet: the batch (1, 3, 5, 7) with mean 4 and std sqrt 5 serves for both
+    first = history.credit(["a", "b"], torch.tensor([1.0, 3.0, 5.0, 7.0]), clamp=5.0)
+    assert values(first) == pytest.approx([(x - 4) / (math.sqrt(5) + 1e-4) for x in (1, 3, 5, 7)], abs=1e-6)
+    # a has (1, 3, 2, 6): mean 3, std sqrt(14 / 4); c is new and takes the batch (2, 6, 8, 8): mean 6, std sqrt 6
+    second = history.credit(["a", "c"], torch.tensor([2.0, 6.0, 8.0, 8.0]), clamp=5.0)
+    a, c = math.sqrt(3.5) + 1e-4, math.sqrt(6) + 1e-4
+    assert values(second) == pytest.approx([-1 / a, 3 / a, 2 / c, 2 / c], abs=1e-6)
+    assert second.stats["photos_with_history"] == 1
+    # the oldest scores are forgotten: a is (2, 6, 4, 4) now
+    third = history.credit(["a"], torch.tensor([4.0, 4.0]), clamp=5.0)
+    assert values(third) == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_a_failed_score_is_not_remembered():
+    history = RewardHistory(depth=2)
+    credit = history.credit(["a"], torch.tensor([1.0, NAN, 3.0]), clamp=0.5)
+    assert values(credit) == [-0.5, 0, 0.5]  # +-1 / (1 + 1e-4), clamped
+    assert credit.weight_N.tolist() == [1, 0, 1]
+    assert credit.stats["masked_samples"] == 1 and credit.stats["clamped_frac"] == 1
+    assert history.state_dict() == {"a": [1.0, 3.0]}
+
+
+def test_a_history_continues_from_its_saved_state():
+    straight, resumed = RewardHistory(depth=4), RewardHistory(depth=4)
+    straight.credit(["a", "b"], torch.rand(8), clamp=5.0)
+    resumed.load_state_dict(json.loads(json.dumps(straight.state_dict())))
+    mix = torch.rand(4)
+    assert values(straight.credit(["b"], mix, clamp=5.0)) == values(resumed.credit(["b"], mix, clamp=5.0))
