@@ -70,8 +70,8 @@ def execute(job: Job, options: argparse.Namespace) -> None:
         f"run.name={job.run}", f"run.dir={options.out / 'runs'}", f"run.seed={job.seed}", f"run.steps={options.iterations}",
         f"env.seed={job.seed}", f"env.size={options.size}", f"credit.shuffle={str(job.control).lower()}",
         "placement.kind=local", "placement.ranks=1", "placement.threads=1", "engine.kind=torch",
-        f"evaluate.every={max(1, options.iterations // 4)}", f"evaluate.tasks={options.tasks}", "evaluate.samples=2", "checkpoint.every=0",
-        "log.image_tasks=2",
+        f"evaluate.every={max(1, options.iterations // 4)}", f"evaluate.tasks={options.tasks}", "evaluate.samples=2",
+        "checkpoint.every=0", "log.image_tasks=2",
     ]  # fmt: skip
     log = options.out / f"{job.run}.log"
     with log.open("w") as output:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -41,6 +41,9 @@ class EmbeddedConfig:
     mean_channels: tuple[int, ...] = (32, 64, 128)
     detail_channels: int = 0  # of the residual trunk that refines the mean at the cells' own resolution; 0: none
     detail_blocks: int = 6
+    mean_views: int | None = (
+        None  # mirror images of the LQ that the mean is averaged over: 1, 2, 4, 8; null: the folder's, or 1
+    )
     flow_channels: tuple[int, ...] = (48, 64, 128)
     layers: int = 1
     groups: int = 16  # of the group norms
@@ -48,7 +51,10 @@ class EmbeddedConfig:
 
 
 ERROR_FLOOR = 1e-4  # of a picture's squared error in units of u (46 dB): below it there is nothing to gain
-ARCHITECTURE = ("unshuffle", "mean_channels", "detail_channels", "detail_blocks", "flow_channels", "layers", "groups")
+ARCHITECTURE = (
+    "unshuffle", "mean_channels", "detail_channels", "detail_blocks", "mean_views", "flow_channels", "layers", "groups",
+)  # fmt: skip
+VIEWS = {1: (0,), 2: (0, 3), 4: (0, 1, 2, 3), 8: tuple(range(8))}  # bits: mirror columns, mirror rows, transpose
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,9 @@ class EmbeddedRestorer(Restorer):
         folder = None if config.weights is None else _weights_folder(config.weights)
         if folder is not None:
             config = _with_saved_architecture(config, folder)
+        config = replace(config, mean_views=1 if config.mean_views is None else config.mean_views)
+        if config.mean_views not in VIEWS:
+            raise ValueError(f"restorer.mean_views is {config.mean_views}: choose 1, 2, 4 or 8")
         self.config = config
         self.multiple = config.unshuffle * 2 ** (len(config.flow_channels) - 1)
         cells = 3 * config.unshuffle**2
@@ -95,7 +104,7 @@ class EmbeddedRestorer(Restorer):
     @torch.no_grad()
     def condition(self, lq_BCHW: Tensor) -> EmbeddedCondition:
         lq = self._unshuffle(lq_BCHW)
-        mean, log_spread = self.predict_mean(lq)
+        mean, log_spread = self._mean_over_views(lq)
         return self.condition_from_prediction(lq, mean, log_spread, (lq_BCHW.shape[-2], lq_BCHW.shape[-1]))
 
     def latent_shape(self, condition: Condition) -> tuple[int, ...]:
@@ -138,7 +147,10 @@ class EmbeddedRestorer(Restorer):
         """
         trained = {name for name, network in self._networks().items() if next(network.parameters()).requires_grad}
         lq, gt = self._unshuffle(lq_BCHW), self._unshuffle(gt_BCHW)
-        with torch.set_grad_enabled(bool(trained - {"denoiser"})):
+        if trained <= {"denoiser"}:
+            with torch.no_grad():
+                mean, log_spread = self._mean_over_views(lq)  # what it will see in use
+        else:
             mean, log_spread = self.predict_mean(lq)
         losses, metrics = [], {}
         if mean.requires_grad:
@@ -168,6 +180,20 @@ class EmbeddedRestorer(Restorer):
         residual, log_spread = raw.chunk(2, dim=1)
         # exp(-2.5) = 0.08 is about the residual's spread at the start; 0.004..1 keeps whitening finite.
         return lq_BChw + residual, (log_spread - 2.5).clamp(-5.5, 0.0)
+
+    def _mean_over_views(self, lq_BChw: Tensor) -> tuple[Tensor, Tensor]:
+        """`predict_mean`, averaged over mirror images of the LQ (the self-ensemble of EDSR, arXiv 1707.02921)."""
+        views = VIEWS[self.config.mean_views or 1]
+        if len(views) == 1:
+            return self.predict_mean(lq_BChw)
+        cell = self.config.unshuffle
+        image = pixel_shuffle(lq_BChw, cell)
+        answers = []
+        for view in views:
+            turned = self.predict_mean(pixel_unshuffle(_turn(image, view), cell))
+            answers.append([pixel_unshuffle(_turn_back(pixel_shuffle(part, cell), view), cell) for part in turned])
+        mean, log_spread = (torch.stack(parts).mean(0) for parts in zip(*answers, strict=True))
+        return mean, log_spread
 
     def condition_from_prediction(
         self, lq: Tensor, mean: Tensor, log_spread: Tensor, size: tuple[int, int]
@@ -248,6 +274,16 @@ class Trunk(nn.Module):
         return self.conv_out(nn.functional.silu(x))
 
 
+def _turn(image: Tensor, view: int) -> Tensor:
+    image = image.flip([dim for bit, dim in ((1, -1), (2, -2)) if view & bit])
+    return image.transpose(-1, -2) if view & 4 else image
+
+
+def _turn_back(image: Tensor, view: int) -> Tensor:
+    image = image.transpose(-1, -2) if view & 4 else image
+    return image.flip([dim for bit, dim in ((1, -1), (2, -2)) if view & bit])
+
+
 def _velocity_from_raw(raw: Tensor, z_t: Tensor, t: Tensor, gain: Tensor) -> Tensor:
     """v = E[v | z_t] of a unit-variance z_0 plus what is left, in units of its std.
 
@@ -293,4 +329,6 @@ def _with_saved_architecture(config: EmbeddedConfig, folder: Path) -> EmbeddedCo
     known = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
     if not known.get("detail_channels"):  # weights without a trunk may be given one, see Trunk
         known = {key: value for key, value in known.items() if not key.startswith("detail_")}
+    if config.mean_views is not None:
+        known.pop("mean_views", None)
     return EmbeddedConfig(**{**asdict(config), **known})

@@ -65,3 +65,29 @@ def test_weights_of_another_kind_are_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text('{"kind": "sd3_controlnet"}')
     with pytest.raises(ValueError, match="does not hold an embedded restorer"):
         EmbeddedRestorer(config_of(folder))
+
+
+@pytest.mark.parametrize(("views", "transposed"), [(2, False), (4, False), (8, True)])
+def test_views_make_the_mean_follow_its_photo(tmp_path: Path, views: int, transposed: bool) -> None:
+    """Averaged over mirror images, the mean of a mirrored photo is the mirrored mean; over one view it is not."""
+
+    def error(mean_views: int) -> float:
+        restorer = EmbeddedRestorer(replace(config, mean_views=mean_views))
+        pictures = [restorer.condition(lq) for lq in (LQ, turn(LQ))]
+        straight, turned = (restorer.decode(torch.zeros_like(c.mean), c) for c in pictures)
+        return float((turn(straight) - turned).abs().max())
+
+    def turn(image: Tensor) -> Tensor:
+        return image.transpose(-1, -2) if transposed else image.flip((-1, -2))
+
+    config = config_of(save_weights(tmp_path / "weights"))
+    assert error(views) < 1e-6 < 1e-4 < error(1)
+
+
+def test_views_are_saved_with_the_weights(tmp_path: Path) -> None:
+    config = replace(config_of(save_weights(tmp_path / "weights")), mean_views=4)
+    (tmp_path / "saved").mkdir()
+    EmbeddedRestorer(config).save(tmp_path / "saved")
+    assert EmbeddedRestorer(config_of(tmp_path / "saved")).config.mean_views == 4
+    with pytest.raises(ValueError, match=r"restorer.mean_views is 3: choose 1, 2, 4 or 8"):
+        EmbeddedRestorer(EmbeddedConfig(weights=None, mean_views=3))
