@@ -33,6 +33,7 @@ from rlrestore.config import (
 from rlrestore.crew import Crew, LocalCrew, StageTimes
 from rlrestore.diffusion.kernels import DRIFT_KERNELS, KERNELS
 from rlrestore.diffusion.schedules import time_schedule
+from rlrestore.diffusion.solvers import SOLVERS
 from rlrestore.engine.base import Engine, EngineOptions
 from rlrestore.engine.build import ENGINES, build_engine, free_port
 from rlrestore.evaluate import Evaluation
@@ -95,6 +96,7 @@ def _check_choices(config: TrainConfig) -> None:
         ("engine.zero", config.engine.zero, (0, 1, 2, 3)),
         ("engine.precision", config.engine.precision, ("float32", "bfloat16")),
         ("placement.kind", config.placement.kind, PLACEMENTS),
+        ("sampling.solver", config.sampling.solver, SOLVERS),
         ("sampling.sampler", config.sampling.sampler, ("ode", *sorted(KERNELS))),
         ("evaluate.weights", config.evaluate.weights, ("current", "ema")),
         ("credit.normalise", config.credit.normalise, ("global", "group", "none", "pooled")),

@@ -45,7 +45,8 @@ class RunConfig:
 class SamplingConfig:
     """Time schedule and noise of a rollout (algorithms.md names: a = level)."""
 
-    steps: int = 8  # Euler steps of a rollout and of evaluation
+    steps: int = 8  # of a rollout and of evaluation
+    solver: str = "euler"  # of the deterministic steps: euler | dpmpp_2m
     shift: float = 1.0  # t = k u / (1 + (k - 1) u)
     sampler: str = "cps"  # stochastic kernel inside the window: cps | dance_sde | ddim | flow_sde; ode for none
     level: float = 0.8  # a of the kernel; CPS arXiv 2509.05952

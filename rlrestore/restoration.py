@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlrestore.diffusion.sampling import ode_step
+from rlrestore.diffusion.kernels import ode_step
 from rlrestore.diffusion.schedules import time_schedule
 from rlrestore.restorers.base import Restorer
 from rlrestore.rollout import to_pixels

@@ -25,17 +25,17 @@ def rollout_chain(config: SamplingConfig, seed: int, iteration: int, stochastic:
     """The chain of this iteration's rollouts; all samples share one window, a function of (seed, iteration)."""
     times = tuple(time_schedule(config.steps, config.shift).tolist())
     if not stochastic or config.sampler == "ode":
-        return Chain(times)
+        return Chain(times, solver=config.solver)
     low, high = config.window_range
     starts = high - config.window - low + 1
     shift = iteration // config.window_every if config.window_every else derive_seed(seed, "window", iteration)
     start = low + shift % starts
-    return Chain(times, config.sampler, config.level, tuple(range(start, start + config.window)))
+    return Chain(times, config.sampler, config.level, tuple(range(start, start + config.window)), config.solver)
 
 
 def evaluation_chain(config: SamplingConfig) -> Chain:
-    """Always the ODE, on the times of training."""
-    return Chain(tuple(time_schedule(config.steps, config.shift).tolist()))
+    """Always the ODE, on the times and with the solver of training."""
+    return Chain(tuple(time_schedule(config.steps, config.shift).tolist()), solver=config.solver)
 
 
 def make_chunks(

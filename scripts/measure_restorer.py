@@ -17,6 +17,7 @@ from envs.types import Restoration
 from rewards.registry import build_reward
 from rlrestore.diffusion.sampling import Chain, sample
 from rlrestore.diffusion.schedules import time_schedule
+from rlrestore.diffusion.solvers import SOLVERS
 from rlrestore.restorers.embedded import EmbeddedConfig, EmbeddedRestorer
 from rlrestore.rollout import to_pixels
 
@@ -30,12 +31,13 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--solver", choices=SOLVERS, default="euler")
     parser.add_argument("--size", type=int, default=128)
     options = parser.parse_args()
     restorer = EmbeddedRestorer(EmbeddedConfig(weights=options.weights))
     env = PhotosEnv(PhotosConfig(size=options.size, held_out_folder=options.folder, held_out_fraction=0.0))
     rewards = {name: build_reward(name) for name in METRICS}
-    chain = Chain(tuple(time_schedule(options.steps).tolist()))
+    chain = Chain(tuple(time_schedule(options.steps).tolist()), solver=options.solver)
     rows = []
     for task in env.held_out(options.tasks):
         condition = restorer.condition(task.lq[None]).repeat(options.samples)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rlrestore.diffusion.kernels import DRIFT_KERNELS, KERNELS, StepGaussian, gaussian_logp_mean, ode_step, trainable
+from rlrestore.diffusion.kernels import DRIFT_KERNELS, KERNELS, StepGaussian, gaussian_logp_mean, trainable
+from rlrestore.diffusion.solvers import OdeSolver
 from rlrestore.restorers.base import Condition, Restorer
 
 
@@ -25,6 +26,7 @@ class Chain:
     kernel: str = "ode"  # a key of KERNELS, or "ode" for no stochastic step
     level: float = 0.0  # noise level of the kernel
     window: tuple[int, ...] = ()  # step indices that are stochastic and recorded
+    solver: str = "euler"  # of the other steps, one of SOLVERS
 
     @property
     def evaluations(self) -> int:
@@ -89,6 +91,7 @@ def sample(
         noise = noise * torch.tensor(temperatures, dtype=torch.float32).view(-1, *[1] * (noise.ndim - 1))
     z = noise.to(device)
     before, after, means, logps = [], [], [], []
+    solver = OdeSolver(chain.solver)
     for index in range(chain.evaluations):
         t = chain.times[index]
         v = restorer.velocity(z, torch.full((len(seeds),), t, device=device), condition, net)
@@ -102,8 +105,9 @@ def sample(
             means.append(gaussian.mean)
             logps.append(gaussian_logp_mean(z_next, gaussian.mean, gaussian.std))
             z = z_next
+            solver.forget()
         else:
-            z = ode_step(z, v, t, chain.times[index + 1])
+            z = solver.step(z, v, t, chain.times[index + 1])
     if not chain.window:
         return z, None
     return z, Trajectory(

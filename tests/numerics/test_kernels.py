@@ -1,5 +1,6 @@
 """Schedules and step kernels against numbers worked out by hand, and against a Gaussian whose marginals are known."""
 
+import itertools
 import math
 
 import pytest
@@ -22,6 +23,7 @@ from rlrestore.diffusion.kernels import (
     trainable,
 )
 from rlrestore.diffusion.schedules import shift_time, time_schedule, unshift_time
+from rlrestore.diffusion.solvers import OdeSolver
 
 # x0_hat = x - t v = (-.1, -1.15) and eps_hat = x + (1-t) v = (.9, -.9) at t = .6
 X = torch.tensor([[0.5, -1.0]])
@@ -333,3 +335,48 @@ def test_kl_is_minus_the_expected_log_ratio():
     # KL = (.03^2 + .04^2)/2 / (2 * .09) = .00125/.18
     close(-(both[0] + both[1]) / 2, [0.00125 / 0.18], atol=1e-8)
     close(gaussian_kl_mean(new, old, 0.3), [0.00125 / 0.18], atol=1e-8)
+
+
+# ---- solvers of the deterministic steps
+
+
+def solve(kind: str, steps: int, t_first: float, t_last: float = 0.0, std: float = 0.3) -> tuple[float, float]:
+    """(x at t_last, what it should be) from x = 1 at t_first, for data N(0, std^2): x scales with the marginal's std."""
+    t = torch.linspace(t_first, t_last, steps + 1, dtype=torch.float64).tolist()
+    solver, x = OdeSolver(kind), torch.ones(1, 1, dtype=torch.float32)
+    for now, after in itertools.pairwise(t):
+        k = (1 - now) * std**2 / ((1 - now) ** 2 * std**2 + now**2)
+        x = solver.step(x, (1 - k) / now * x, now, after)
+    exact = math.sqrt(((1 - t_last) ** 2 * std**2 + t_last**2) / ((1 - t_first) ** 2 * std**2 + t_first**2))
+    return x.item(), exact
+
+
+@pytest.mark.parametrize(("kind", "order"), [("euler", 1), ("dpmpp_2m", 2)])
+def test_solvers_converge_with_their_order(kind, order):
+    errors = [abs(x - exact) for x, exact in (solve(kind, steps, 0.8, 0.2) for steps in (16, 32, 64))]
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.25)
+    assert errors[1] / errors[2] == pytest.approx(2**order, rel=0.25)
+
+
+def test_the_second_order_solver_is_nearer_in_ten_steps_from_pure_noise():
+    euler, exact = solve("euler", 10, 1.0)
+    second, _ = solve("dpmpp_2m", 10, 1.0)
+    assert exact == pytest.approx(0.3) and abs(second - exact) < abs(euler - exact) / 2
+
+
+def test_a_second_order_step_by_hand():
+    # t .6 -> .5 -> .4, x_0 predicted as 1 and then as 2. lam = log(2/3), 0, log(3/2): equal steps h = .405465, so
+    # the data point is 2 + 1/2 = 2.5 and x = .8 x - .6 (2/3 - 1) 2.5 = .8 x + .5
+    solver = OdeSolver("dpmpp_2m")
+    x = solver.step(torch.full((1, 1), 0.7), torch.full((1, 1), -0.5), 0.6, 0.5)  # x_0 = .7 + .3
+    assert x.item() == pytest.approx(0.75)  # the first is Euler's
+    x = solver.step(x, (x - 2) / 0.5, 0.5, 0.4)
+    assert x.item() == pytest.approx(0.8 * 0.75 + 0.5, abs=1e-6)
+    solver.forget()
+    x = solver.step(x, torch.full((1, 1), 1.0), 0.4, 0.3)
+    assert x.item() == pytest.approx(1.1 - 0.1, abs=1e-6)
+
+
+def test_an_unknown_solver_is_refused():
+    with pytest.raises(ValueError, match="choose one of euler, dpmpp_2m"):
+        OdeSolver("heun")
