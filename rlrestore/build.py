@@ -16,6 +16,7 @@ from torch import nn
 from envs.base import Env
 from envs.registry import ENVS
 from rewards.base import Reward
+from rewards.differentiable import DifferentiableMix, not_differentiable
 from rewards.registry import build_reward
 from rewards.rubric import FailureBudget, Rubric, TermConfig
 from rlrestore.algorithms.base import Algorithm
@@ -83,10 +84,26 @@ def check_config(config: TrainConfig) -> None:
     _check_sizes(config, algorithm)
     if not config.rewards:
         raise ConfigError("rewards is empty: name at least one term, e.g. rewards: {nss: {weight: 1}}")
+    if algorithm.needs.reward:
+        _check_gradients(config)
     if config.engine.precision == "bfloat16" and (config.engine.kind == "torch" or config.engine.zero == 0):
         raise ConfigError(
             f"engine.precision=bfloat16 with engine.kind={config.engine.kind}, engine.zero={config.engine.zero}: float32 master "
             "weights need engine.kind=deepspeed and engine.zero >= 1"
+        )
+
+
+def _check_gradients(config: TrainConfig) -> None:
+    kind = config.algorithm.kind
+    if blind := not_differentiable(Rubric(list(config.rewards.values()))):
+        raise ConfigError(
+            f"algorithm.kind={kind} needs the gradient of every reward and {', '.join(blind)} has none: move it to evaluate.gold, or "
+            "use a method that only needs its value, such as grpo"
+        )
+    if config.sampling.solver != "euler":
+        raise ConfigError(
+            f"algorithm.kind={kind} repeats the last steps alone, and sampling.solver={config.sampling.solver} remembers those "
+            "before: set sampling.solver=euler"
         )
 
 
@@ -292,6 +309,7 @@ class LearnerRecipe:
     max_staleness: int
     trainable: tuple[str, ...]
     regularise: RegulariseConfig
+    rewards: tuple[TermConfig, ...]  # if the algorithm climbs their gradient
 
     @staticmethod
     def of(config: TrainConfig) -> LearnerRecipe:
@@ -302,18 +320,21 @@ class LearnerRecipe:
         )  # fmt: skip
         return LearnerRecipe(
             config.restorer, config.algorithm, engine.kind, options, engine.warmup, engine.ema,
-            config.placement.max_staleness, engine.trainable, config.regularise,
+            config.placement.max_staleness, engine.trainable, config.regularise, tuple(config.rewards.values()),
         )  # fmt: skip
 
     def build(self, rank: int = 0, world: int = 1) -> Learner:
         def make_engine(network: nn.Module) -> Engine:
             return build_engine(self.engine, network, self.options, rank, world)
 
+        algorithm, reward = build_algorithm(self.algorithm), None
+        if algorithm.needs.reward:
+            reward = DifferentiableMix(self.rewards, [build_term(term) for term in self.rewards])
         return Learner(
-            build_restorer(self.restorer).to(best_device()), build_algorithm(self.algorithm), make_engine,
+            build_restorer(self.restorer).to(best_device()), algorithm, make_engine,
             lr=self.options.lr, warmup=self.warmup, ema_cap=self.ema_cap,
             micro_batch=self.options.micro_batch, max_staleness=self.max_staleness, trainable=self.trainable,
-            regularise=self.regularise,
+            regularise=self.regularise, reward=reward,
         )  # fmt: skip
 
 

@@ -243,7 +243,10 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 
 def _with_base(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
-    """A file merged onto its base, whose path is relative to the file. A section of another `kind` replaces the base's."""
+    """A file merged onto its base, whose path is relative to the file.
+
+    A section of another `kind` starts anew; `rewards: {NAME: null}` drops a term.
+    """
     loaded = OmegaConf.load(path)
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected sections such as 'run:' and 'env:' at the top level")
@@ -261,6 +264,10 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
             (below.get(section) or {}).get("kind"),
         ):
             below.pop(section, None)
+    for name in [name for name, term in (loaded.get("rewards") or {}).items() if term is None]:
+        if name in (below.get("rewards") or {}):  # a term that the base has and this one has not
+            below.rewards.pop(name)
+            loaded.rewards.pop(name)
     return OmegaConf.merge(below, loaded)  # type: ignore[return-value]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from envs.types import Task
 from rlrestore.algorithms.base import Algorithm, Batch, Loss, Point, Policies
 from rlrestore.algorithms.objectives import ema_decay
 from rlrestore.checkpoint import load_tensors, read_json, save_tensors, write_json_atomic
@@ -50,6 +51,7 @@ class Learner:
         max_staleness: int,
         trainable: Sequence[str] = (),
         regularise: RegulariseConfig | None = None,
+        reward: Callable[[Tensor, Sequence[Task]], Tensor] | None = None,
     ):
         self.restorer, self.algorithm, self.sampler = restorer, algorithm, Sampler(restorer)
         self.lr, self.warmup, self.ema_cap = lr, warmup, ema_cap
@@ -68,7 +70,7 @@ class Learner:
         self.engine = make_engine(network)
         self.ema = Ema(self.engine.full_parameters())
         self.old_shadow = Ema(self.engine.full_parameters()) if self.old is not None else None
-        self.policies = Policies(restorer, self.engine.network, self.old, self.reference)
+        self.policies = Policies(restorer, self.engine.network, self.old, self.reference, reward)
         self.iteration = 0  # iterations trained: the version of the weights
         self.optimiser_steps = 0
         self.latents: dict[int, Latents] = {}
@@ -178,6 +180,7 @@ class Learner:
             request.advantages[position][rows].to(device),
             request.weights[position][rows].to(device),
             chunk.rows[rows],
+            chunk.tasks_of(rows),
         )
 
     @torch.no_grad()
@@ -203,8 +206,9 @@ class Learner:
         ones = torch.ones(len(chunk.rows), device=device)
         trajectory = latents.trajectory and latents.trajectory.take(rows).to(device)
         batch = Batch(
-            condition.take(rows), latents.z_0[rows].to(device), trajectory, ones[rows], ones[rows], chunk.rows[rows]
-        )
+            condition.take(rows), latents.z_0[rows].to(device), trajectory, ones[rows], ones[rows], chunk.rows[rows],
+            chunk.tasks_of(rows),
+        )  # fmt: skip
         policies = replace(self.policies, current=self.scratch.requires_grad_(True))
         points = self.algorithm.points(chain, 0)[:1]
         sample_s, train_s = [], []

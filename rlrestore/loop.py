@@ -72,7 +72,7 @@ def train(run: Run) -> dict[str, MetricRow]:
         for iteration in range(run.first, config.run.steps):
             clock.start()
             tasks = run.env.draw(iteration, groups)
-            chain = rollout_chain(config.sampling, seed, iteration, run.algorithm.needs.trajectory)
+            chain = rollout_chain(config.sampling, seed, iteration, run.algorithm)
             chunks = make_chunks(
                 tasks,
                 config.rollout.samples,
@@ -108,7 +108,7 @@ def _probe(run: Run, clock: Clock) -> None:
     config, rollout = run.config, run.config.rollout
     if run.first >= config.run.steps:
         return
-    chain = rollout_chain(config.sampling, config.run.seed, 0, run.algorithm.needs.trajectory)
+    chain = rollout_chain(config.sampling, config.run.seed, 0, run.algorithm)
     chunks = make_chunks(run.env.draw(0, rollout.groups), rollout.samples, rollout.batch, config.run.seed, 0)
     clock.bare_iteration_s = bare_seconds(
         run.crew.probe(chunks[0], chain),

@@ -11,6 +11,7 @@ from torch import Tensor
 from envs.types import Task
 from rewards.base import Scores
 from rewards.rubric import Rubric, RubricScores, mixed
+from rlrestore.algorithms.base import Algorithm
 from rlrestore.config import CreditConfig, SamplingConfig
 from rlrestore.credit import Credit, group_credit
 from rlrestore.crew import Scored, deal
@@ -21,11 +22,12 @@ from rlrestore.seeds import derive_seed
 from rlrestore.types import Chunk, Images, Row, UpdateReport, UpdateRequest, plan_updates
 
 
-def rollout_chain(config: SamplingConfig, seed: int, iteration: int, stochastic: bool) -> Chain:
+def rollout_chain(config: SamplingConfig, seed: int, iteration: int, algorithm: Algorithm) -> Chain:
     """The chain of this iteration's rollouts; all samples share one window, a function of (seed, iteration)."""
     times = tuple(time_schedule(config.steps, config.shift).tolist())
-    if not stochastic or config.sampler == "ode":
-        return Chain(times, solver=config.solver)
+    if not algorithm.needs.trajectory:
+        kept = algorithm.kept_steps(config.steps, derive_seed(seed, "window", iteration))
+        return Chain(times, window=kept, solver=config.solver)
     low, high = config.window_range
     starts = high - config.window - low + 1
     shift = iteration // config.window_every if config.window_every else derive_seed(seed, "window", iteration)

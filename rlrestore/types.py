@@ -39,6 +39,9 @@ class Chunk:
         """Distinct groups in order of appearance."""
         return list(dict.fromkeys(row.group for row in self.rows))
 
+    def tasks_of(self, rows: slice) -> tuple[Task, ...]:
+        return tuple(self.tasks[row.group] for row in self.rows[rows])
+
 
 @dataclass(frozen=True)
 class Latents:

@@ -1,6 +1,6 @@
 """All algorithms on the same work: held-out mix and gold metrics against images generated and against time.
 
-    python scripts/bench_algorithms.py [NAME ...] [--seeds 3] [--iterations 12] [--size 96] [--jobs 2] [--controls]
+    python scripts/bench_algorithms.py [NAME ...] [--seeds 3] [--iterations 12] [--size 96] [--jobs 2] [--controls] [--set KEY=VALUE ...]
 
 Each config of configs/algorithms/ and the quickstart's (as `grpo`), with the quickstart's restorer, photos, mix, tasks and number
 of images, in one process and thread (`placement.kind=local`, torch). With --controls each also runs with its rewards shuffled inside
@@ -71,7 +71,7 @@ def execute(job: Job, options: argparse.Namespace) -> None:
         f"env.seed={job.seed}", f"env.size={options.size}", f"credit.shuffle={str(job.control).lower()}",
         "placement.kind=local", "placement.ranks=1", "placement.threads=1", "engine.kind=torch",
         f"evaluate.every={max(1, options.iterations // 4)}", f"evaluate.tasks={options.tasks}", "evaluate.samples=2",
-        "checkpoint.every=0", "log.image_tasks=2",
+        "checkpoint.every=0", "log.image_tasks=2", *options.set,
     ]  # fmt: skip
     log = options.out / f"{job.run}.log"
     with log.open("w") as output:
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=32, help="held-out crops")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; times compare only where this is equal")
     parser.add_argument("--controls", action="store_true", help="also with shuffled rewards")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for every run, e.g. another mix")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_algorithms"))
     options = parser.parse_args()
     if unknown := set(options.names) - configs().keys():

@@ -13,7 +13,7 @@ import torch
 
 from envs.base import Env
 from rewards.rubric import Rubric
-from rlrestore.build import build_run, check_parts, load_train_config
+from rlrestore.build import build_algorithm, build_run, check_parts, load_train_config
 from rlrestore.config import TrainConfig
 from rlrestore.crew import Crew, Scored
 from rlrestore.evaluate import MetricRow
@@ -82,16 +82,17 @@ def train_tiny(config: TrainConfig) -> tuple[Path, dict[str, MetricRow]]:
         folder.close()
 
 
-def iterate(crew: Crew, config: TrainConfig, env: Env, trajectory: bool, updates: int, iteration: int):
+def iterate(crew: Crew, config: TrainConfig, env: Env, iteration: int):
     """One iteration as the loop has it; (what was sampled and scored, a report a rank)."""
-    chain = rollout_chain(config.sampling, config.run.seed, iteration, trajectory)
+    algorithm = build_algorithm(config.algorithm)
+    chain = rollout_chain(config.sampling, config.run.seed, iteration, algorithm)
     tasks = env.draw(iteration, config.rollout.groups)
     chunks = make_chunks(tasks, config.rollout.samples, config.rollout.batch, config.run.seed, iteration)
     scored: list[Scored] = list(crew.roll_out(chunks, chain))
     scores = combine(scored, Rubric(list(config.rewards.values())))
     credit = assign_credit(scores, config.credit, config.rollout.groups, config.run.seed, iteration)
     requests = update_requests(
-        chunks, credit, crew.ranks, config.engine.micro_batch, updates, config.run.seed, iteration
+        chunks, credit, crew.ranks, config.engine.micro_batch, algorithm.updates, config.run.seed, iteration
     )
     reports: list[UpdateReport] = crew.update(requests, chain)
     crew.publish()

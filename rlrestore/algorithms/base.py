@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from envs.types import Task
 from rlrestore.diffusion.sampling import Chain, Trajectory
 from rlrestore.restorers.base import Condition, Restorer
 from rlrestore.types import Row
@@ -25,6 +27,7 @@ class Needs:
     old_policy: bool = False  # a slow copy that also makes the rollouts
     reference: bool = False  # the frozen start
     groups: bool = False  # all rollouts of a photo in one micro-batch
+    reward: bool = False  # the mix as a function with a gradient
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Batch:
     advantage_B: Tensor  # [B] float32
     weight_B: Tensor  # [B] float32, 0 for rows without credit
     rows_B: tuple[Row, ...]  # which group and member each row is
+    tasks_B: tuple[Task, ...]  # what each row restores
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Policies:
     current: nn.Module
     old: nn.Module | None = None
     reference: nn.Module | None = None
+    reward: Callable[[Tensor, Sequence[Task]], Tensor] | None = None  # images [B, 3, H, W] and their tasks -> mix [B]
     rows: Counter[str] = field(default_factory=Counter)  # evaluated so far, by network
 
     def velocity(self, z_t: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
@@ -103,6 +108,10 @@ def check_options(config: Any, *rules: tuple[str, bool, str]) -> None:
 class Algorithm(ABC):
     needs: Needs
     updates: int = 1  # optimiser steps an iteration; the iteration's micro-batches are dealt out to them
+
+    def kept_steps(self, steps: int, seed: int) -> tuple[int, ...]:
+        """Deterministic steps before which a rollout keeps its state; only asked for without `needs.trajectory`."""
+        return ()
 
     @abstractmethod
     def points(self, chain: Chain, seed: int) -> list[Point]:

@@ -2,7 +2,8 @@
 
 Noise belongs to the sample, not to the batch: sample i draws everything from a generator seeded with `seeds[i]`, so the
 same seed gives the same picture alone or in a batch (up to the arithmetic of the network's batch size), on any worker.
-The last step and all steps outside the window are deterministic; a trajectory holds the window's transitions only.
+The last step and all steps outside the window are deterministic; a trajectory holds the window's transitions only. The
+window of an "ode" chain has log-probability 0: its states are kept, nothing was drawn.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ class Chain:
     """One sampler, fully stated: what a rollout did and what a replay must do."""
 
     times: tuple[float, ...]  # t_0 > ... > t_T = 0; the values the network and the kernel see
-    kernel: str = "ode"  # a key of KERNELS, or "ode" for no stochastic step
+    kernel: str = "ode"  # of the window: a key of KERNELS, or "ode", which adds no noise and only keeps the states
     level: float = 0.0  # noise level of the kernel
-    window: tuple[int, ...] = ()  # step indices that are stochastic and recorded
+    window: tuple[int, ...] = ()  # step indices that are recorded
     solver: str = "euler"  # of the other steps, one of SOLVERS
 
     @property
@@ -95,7 +96,7 @@ def sample(
     for index in range(chain.evaluations):
         t = chain.times[index]
         v = restorer.velocity(z, torch.full((len(seeds),), t, device=device), condition, net)
-        if index in chain.window:
+        if index in chain.window and chain.kernel != "ode":
             gaussian = chain.step(z, v, index)
             assert trainable(gaussian.std), "build.py refuses windows that reach a step without noise"
             eps = torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in generators]).to(device)
@@ -107,7 +108,13 @@ def sample(
             z = z_next
             solver.forget()
         else:
-            z = solver.step(z, v, t, chain.times[index + 1])
+            z_next = solver.step(z, v, t, chain.times[index + 1])
+            if index in chain.window:
+                before.append(z)
+                after.append(z_next)
+                means.append(z_next)
+                logps.append(z.new_zeros(len(z)))
+            z = z_next
     if not chain.window:
         return z, None
     return z, Trajectory(

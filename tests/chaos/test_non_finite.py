@@ -46,7 +46,7 @@ def test_the_weights_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             broken(patch, spoil)
             with pytest.raises(NonFiniteError, match=told):
-                iterate(crew, config, env, False, 1, 0)
+                iterate(crew, config, env, 0)
         assert crew.learner.iteration == 0
         assert all(value.equal(before[name]) for name, value in crew.learner.weights("current").items())
 

@@ -19,7 +19,7 @@ from rewards.registry import REWARDS, find_reward
 from rewards.rubric import Rubric
 from rlrestore.actors.cluster import fetch
 from rlrestore.actors.crew import RayCrew
-from rlrestore.build import all_terms, build_crew, build_env, build_scorer
+from rlrestore.build import all_terms, build_algorithm, build_crew, build_env, build_scorer
 from rlrestore.cli import _guard, app
 from rlrestore.config import TrainConfig
 from rlrestore.crew import Scored, StageTimes
@@ -145,7 +145,11 @@ def crew(config: TrainConfig) -> Iterator[RayCrew]:
 
 
 def roll_out(crew: RayCrew, config: TrainConfig) -> list[Scored]:
-    return list(crew.roll_out(chunks_of(config), rollout_chain(config.sampling, config.run.seed, 0, False)))
+    return list(
+        crew.roll_out(
+            chunks_of(config), rollout_chain(config.sampling, config.run.seed, 0, build_algorithm(config.algorithm))
+        )
+    )
 
 
 def assert_scores_as_expected(config: TrainConfig, scored: list[Scored]) -> None:
@@ -193,10 +197,11 @@ def test_a_trainer_rank_killed_ends_the_run_with_one_line(
     scores = combine(scored, Rubric(list(config.rewards.values())))
     credit = assign_credit(scores, config.credit, config.rollout.groups, config.run.seed, 0)
     requests = update_requests(chunks_of(config), credit, 2, config.engine.micro_batch, 1, config.run.seed, 0)
+    chain = rollout_chain(config.sampling, config.run.seed, 0, build_algorithm(config.algorithm))
     ray.kill(crew.trainers[1])
     started = time.monotonic()
     with pytest.raises(SystemExit) as stop:
-        _guard(lambda: crew.update(requests, rollout_chain(config.sampling, config.run.seed, 0, False)) and None)
+        _guard(lambda: crew.update(requests, chain) and None)
     assert time.monotonic() - started < 60
     assert stop.value.code == FAILED
     lines = capsys.readouterr().err.strip().splitlines()

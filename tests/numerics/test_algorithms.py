@@ -14,7 +14,7 @@ from rlrestore.algorithms.registry import ALGORITHMS
 from rlrestore.build import build_crew, build_env, load_train_config
 from rlrestore.config import ConfigError
 from rlrestore.crew import LocalCrew, StageTimes
-from rlrestore.stages import cost_metrics
+from rlrestore.stages import cost_metrics, rollout_chain
 from tests.tiny import iterate, tiny_config
 
 # Forwards of the current, old and reference networks at one training point of one micro-batch (docs/algorithms.md, "Cost").
@@ -23,12 +23,15 @@ COST = {
     "d3po": (1, 0, 1),
     "dgpo": (1, 0, 1),
     "dpo": (1, 0, 1),
+    "draft": (1, 0, 0),
     "flow_dppo": (1, 0, 0),
     "grpo": (1, 0, 0),
     "grpo_guard": (1, 0, 0),
     "nft": (1, 1, 0),
+    "refl": (1, 0, 0),
     "reinforce": (1, 0, 0),
 }
+EXPECTED_POINTS = {"draft": 1, "nft": 2, "refl": 1}  # of the tiny configs; others: the window, or 4 times
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def test_it_moves_the_policy_at_its_documented_cost(folder: Path, env: Env, kind
         return updating(request, chain)
 
     learner.update = update  # type: ignore[method-assign]
-    scored, (report,) = iterate(crew, config, env, algorithm.needs.trajectory, algorithm.updates, 0)
+    scored, (report,) = iterate(crew, config, env, 0)
     assert len(report.grad_norms) == algorithm.updates and min(report.grad_norms) > 0
     after = learner.weights("current")
     assert any(not value.equal(before[name]) for name, value in after.items())
@@ -74,7 +77,9 @@ def test_it_moves_the_policy_at_its_documented_cost(folder: Path, env: Env, kind
     if algorithm.needs.trajectory:
         assert report.maxima["ratio_deviation_max_on_policy"] < 1e-6
 
-    points = config.sampling.window if algorithm.needs.trajectory else algorithm.config.times  # type: ignore[attr-defined]
+    chain = rollout_chain(config.sampling, config.run.seed, 0, algorithm)
+    points = len(algorithm.points(chain, 0))
+    assert points == EXPECTED_POINTS.get(kind, config.sampling.window if algorithm.needs.trajectory else 4)
     micro_batches = config.rollout.groups * config.rollout.samples // config.engine.micro_batch
     cost = dict(zip(("current", "old", "reference"), COST[kind], strict=True))
     if regularised:  # the start is asked once a point, whoever wants to know

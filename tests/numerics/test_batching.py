@@ -11,6 +11,8 @@ from torch import Tensor
 from envs.types import Task
 from rewards.base import Scores
 from rewards.rubric import Rubric, RubricScores, TermConfig
+from rlrestore.algorithms.grpo import Grpo, GrpoConfig
+from rlrestore.algorithms.nft import Nft, NftConfig
 from rlrestore.build import build_env, build_restorer
 from rlrestore.config import CreditConfig, SamplingConfig
 from rlrestore.credit import Credit
@@ -25,6 +27,8 @@ from tests.tiny import tiny_config
 # Alone or in a batch, a sample goes through the same sums, but the convolutions of another batch size may split them
 # otherwise. Latents are of the order of 1, four network evaluations a sample; measured: at most 2e-6.
 SAME_SAMPLE = 2e-5
+
+GRPO, NFT = Grpo(GrpoConfig()), Nft(NftConfig())  # one needs stochastic steps, the other none
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[Task]:
 def test_a_seed_gives_the_same_sample_alone_and_in_a_batch(
     restorer: Restorer, tasks: list[Task], stochastic: bool
 ) -> None:
-    chain = rollout_chain(SamplingConfig(steps=4, window=2, window_range=(0, 3)), 0, 0, stochastic)
+    chain = rollout_chain(SamplingConfig(steps=4, window=2, window_range=(0, 3)), 0, 0, GRPO if stochastic else NFT)
     conditions = [restorer.condition(task.lq[None]) for task in tasks]
     seeds = [11, 12, 13]
     together, _ = sample(restorer, Condition.cat(conditions), seeds, chain)
@@ -139,23 +143,22 @@ def test_totals_do_not_depend_on_the_number_of_ranks(tasks: list[Task]) -> None:
 def test_the_window_follows_from_seed_and_iteration() -> None:
     """2 of the steps 1..4 of 6: it may start at 1, 2 or 3, and does so about equally often."""
     config = SamplingConfig(steps=6, window=2, window_range=(1, 5))
-    windows = [rollout_chain(config, 3, iteration, True).window for iteration in range(300)]
-    assert windows == [rollout_chain(config, 3, iteration, True).window for iteration in range(300)]
+    windows = [rollout_chain(config, 3, iteration, GRPO).window for iteration in range(300)]
+    assert windows == [rollout_chain(config, 3, iteration, GRPO).window for iteration in range(300)]
     counts = {start: windows.count((start, start + 1)) for start in (1, 2, 3)}
     # binomial(300, 1/3): mean 100, std 8.2; five of them
     assert sum(counts.values()) == 300 and all(abs(count - 100) < 41 for count in counts.values())
-    assert windows != [rollout_chain(config, 4, iteration, True).window for iteration in range(300)]
+    assert windows != [rollout_chain(config, 4, iteration, GRPO).window for iteration in range(300)]
 
 
 def test_a_window_as_wide_as_its_range_stands_still() -> None:
     config = SamplingConfig(steps=6, window=4, window_range=(0, 4))
-    assert {rollout_chain(config, 0, iteration, True).window for iteration in range(9)} == {(0, 1, 2, 3)}
+    assert {rollout_chain(config, 0, iteration, GRPO).window for iteration in range(9)} == {(0, 1, 2, 3)}
 
 
 def test_no_noise_where_none_is_asked_for() -> None:
     config = SamplingConfig(steps=6)
-    assert rollout_chain(config, 0, 0, False) == evaluation_chain(config)
-    assert rollout_chain(SamplingConfig(steps=6, sampler="ode"), 0, 0, True) == evaluation_chain(config)
+    assert rollout_chain(config, 0, 0, NFT) == evaluation_chain(config)
     chain: Chain = evaluation_chain(config)
     assert chain.kernel == "ode" and chain.window == () and len(chain.times) == 7
 
@@ -213,7 +216,7 @@ def test_a_failed_rollout_stays_masked_in_the_control() -> None:
 def test_a_sliding_window_moves_by_one_and_starts_again():
     # 5 places for a window of 2 in [0, 6), 3 iterations each
     config = SamplingConfig(steps=8, window=2, window_range=(0, 6), window_every=3)
-    starts = [rollout_chain(config, 0, iteration, True).window[0] for iteration in range(18)]
+    starts = [rollout_chain(config, 0, iteration, GRPO).window[0] for iteration in range(18)]
     assert starts == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3 + [0] * 3
 
 

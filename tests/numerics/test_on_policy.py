@@ -46,8 +46,7 @@ def env(folder: Path) -> Env:
 
 def run_two(crew: Crew, config: TrainConfig, env: Env) -> list[list[UpdateReport]]:
     """Two iterations: in the second the weights have moved, so that a stale copy would show."""
-    updates = config.algorithm.config.updates
-    return [iterate(crew, config, env, True, updates, iteration)[1] for iteration in range(2)]
+    return [iterate(crew, config, env, iteration)[1] for iteration in range(2)]
 
 
 def assert_on_policy(iterations: list[list[UpdateReport]], updates: int) -> None:
@@ -85,7 +84,7 @@ def test_a_policy_that_moved_behind_the_back_is_seen(folder: Path, env: Env) -> 
                 parameter.mul_(1.001)
 
     crew.roll_out = roll_out_and_move
-    reports = iterate(crew, config, env, True, 1, 0)[1]
+    reports = iterate(crew, config, env, 0)[1]
     assert reports[0].maxima["ratio_deviation_max_on_policy"] > 10 * IDENTITY
     assert reports[0].maxima["logp_deviation_max_on_policy"] > 10 * IDENTITY
 
