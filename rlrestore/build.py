@@ -402,6 +402,11 @@ def check_parts(config: TrainConfig) -> Env:
         build_term(term)
     check_needs(Rubric(list(config.rewards.values())), env, "rewards:")
     check_needs(Rubric(list(all_terms(config).values())), env, "evaluate.gold:")
+    if config.regularise.supervised > 0 and not env.has_gt:
+        raise ConfigError(
+            f"regularise.supervised={config.regularise.supervised} trains on references and env '{env.name}' has none: set it to 0, or "
+            "use an env with references"
+        )
     size = env.draw(0, 1)[0].lq.shape[-2:]
     if any(side % restorer.multiple for side in size):
         raise ConfigError(

@@ -88,9 +88,11 @@ class RegulariseConfig:
 
     velocity: float = 0.0  # of mean_d (v - v_ref)^2; DiffusionNFT (arXiv 2509.16117) uses 1e-4
     low_frequency: float = 0.0  # of the shift of brightness and colour on large scales, pixels in [0, 1]
+    supervised: float = 0.0  # of flow matching on the tasks' references: an anchor of data, not of the start
 
     @property
-    def active(self) -> bool:
+    def asks_reference(self) -> bool:
+        """Whether the frozen start is needed."""
         return self.velocity > 0 or self.low_frequency > 0
 
 

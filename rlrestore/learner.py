@@ -65,7 +65,7 @@ class Learner:
         self.frozen = {name: value.detach().clone() for name, value in network.named_parameters() if name not in names}
         self.scratch = copy.deepcopy(network).requires_grad_(False)  # evaluation weights are swapped in here
         self.old = copy.deepcopy(network).requires_grad_(False) if algorithm.needs.old_policy else None
-        needs_reference = algorithm.needs.reference or self.regularise.active
+        needs_reference = algorithm.needs.reference or self.regularise.asks_reference
         self.reference = copy.deepcopy(network).requires_grad_(False) if needs_reference else None
         self.engine = make_engine(network)
         self.ema = Ema(self.engine.full_parameters())
@@ -164,7 +164,7 @@ class Learner:
         """The algorithm's loss plus the penalties of `regularise`."""
         loss = self.algorithm.loss(policies, batch, point)
         value_B, metrics = loss.value_B, dict(loss.metrics)
-        for name, (weight, penalty_B) in penalties(self.regularise, policies, batch, loss.visit).items():
+        for name, (weight, penalty_B) in penalties(self.regularise, policies, batch, point, loss.visit).items():
             value_B = value_B + weight * penalty_B
             metrics[f"regularise_{name}"] = penalty_B.detach()
         return replace(loss, value_B=value_B, metrics=metrics)

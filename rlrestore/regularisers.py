@@ -1,37 +1,59 @@
 """What keeps a policy near its start whatever its rewards say; usable with every algorithm.
 
-Each is a penalty on the velocities that the algorithm's loss was computed from, against those of the frozen start, so it
-costs one more forward (none if the algorithm asks the start anyway) and no new samples. Rewards have zero mean inside a
-group, a penalty has not: small weights act strongly over time.
+`velocity` and `low_frequency` compare the velocities that the algorithm's loss was computed from with those of the frozen start,
+so they cost one more forward (none if the algorithm asks the start anyway) and no new samples. `supervised` holds on to the
+references instead, for a forward and backward of its own. Rewards have zero mean inside a group, a penalty has not: small weights
+act strongly over time.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rewards.filters import atrous_low_pass
-from rlrestore.algorithms.base import Batch, Policies, Visit
+from rlrestore.algorithms.base import Batch, Point, Policies, Visit
 from rlrestore.algorithms.objectives import velocity_mse_N
 from rlrestore.config import RegulariseConfig
+from rlrestore.diffusion.sampling import seeded_noise
+from rlrestore.seeds import derive_seed
 
 LOW_PASSES = 5  # as the low_frequency reward: a Gaussian of sigma 13 px
 
 
 def penalties(
-    config: RegulariseConfig, policies: Policies, batch: Batch, visit: Visit
+    config: RegulariseConfig, policies: Policies, batch: Batch, point: Point, visit: Visit
 ) -> dict[str, tuple[float, Tensor]]:
-    """Name -> (weight, [B] penalty) of each that is switched on; gradients flow through `visit.v` only."""
-    if not config.active:
-        return {}
-    v_ref = visit.v_reference
-    if v_ref is None:
-        v_ref = policies.reference_velocity(visit.z_t, visit.t_B, batch.condition)
+    """Name -> (weight, [B] penalty) of each that is switched on; gradients flow through the current policy only."""
     found = {}
-    if config.velocity > 0:
-        found["velocity"] = (config.velocity, velocity_mse_N(visit.v, v_ref))
-    if config.low_frequency > 0:
-        found["low_frequency"] = (config.low_frequency, _low_frequency_N(policies, batch, visit, v_ref))
+    if config.asks_reference:
+        v_ref = visit.v_reference
+        if v_ref is None:
+            v_ref = policies.reference_velocity(visit.z_t, visit.t_B, batch.condition)
+        if config.velocity > 0:
+            found["velocity"] = (config.velocity, velocity_mse_N(visit.v, v_ref))
+        if config.low_frequency > 0:
+            found["low_frequency"] = (config.low_frequency, _low_frequency_N(policies, batch, visit, v_ref))
+    if config.supervised > 0:
+        found["supervised"] = (config.supervised, _supervised_N(policies, batch, point))
     return found
+
+
+def _supervised_N(policies: Policies, batch: Batch, point: Point) -> Tensor:
+    """[B] mean (v - (eps - z_0))^2, z_0 = encode(reference), with a time and eps of each row's own; 0 without a reference.
+
+    The likelihood anchor of LRPO (arXiv 2509.23339). Residuals beyond 8 would own the batch and are clamped.
+    """
+    known = torch.tensor([task.gt is not None for task in batch.tasks_B], device=batch.z_0.device)
+    images = torch.stack([task.lq if task.gt is None else task.gt for task in batch.tasks_B]).to(batch.z_0.device)
+    z_0 = policies.restorer.encode(images, batch.condition).clamp(-8, 8)
+    seeds = [derive_seed(point.seed, "supervised", point.position, row.group, row.member) for row in batch.rows_B]
+    eps, generators = seeded_noise(seeds, tuple(z_0.shape[1:]))
+    eps = eps.to(z_0.device)
+    t_B = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(z_0.device)
+    t = t_B.view(-1, *[1] * (z_0.ndim - 1))
+    v = policies.velocity((1 - t) * z_0 + t * eps, t_B, batch.condition)
+    return velocity_mse_N(v, eps - z_0) * known
 
 
 def _low_frequency_N(policies: Policies, batch: Batch, visit: Visit, v_ref: Tensor) -> Tensor:

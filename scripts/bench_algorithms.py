@@ -1,6 +1,6 @@
 """All algorithms on the same work: held-out mix and gold metrics against images generated and against time.
 
-    python scripts/bench_algorithms.py [NAME ...] [--seeds 3] [--iterations 12] [--size 96] [--jobs 2] [--controls] [--set KEY=VALUE ...]
+    python scripts/bench_algorithms.py [NAME ...] [--seeds 3] [--iterations 12] [--size 96] [--controls] [--set KEY=VALUE ...]
 
 Each config of configs/algorithms/ and the quickstart's (as `grpo`), with the quickstart's restorer, photos, mix, tasks and number
 of images, in one process and thread (`placement.kind=local`, torch). With --controls each also runs with its rewards shuffled inside

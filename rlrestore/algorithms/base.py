@@ -36,7 +36,7 @@ class Point:
 
     t: float  # time in (0, 1]
     position: int  # index into the recorded window; -1 for the forward process
-    seed: int  # of the forward process's noise; unused by trajectories
+    seed: int  # of noise that training draws
 
 
 @dataclass(frozen=True)

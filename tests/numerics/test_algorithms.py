@@ -31,6 +31,7 @@ COST = {
     "refl": (1, 0, 0),
     "reinforce": (1, 0, 0),
 }
+REGULARISED = ["regularise.low_frequency=1", "regularise.supervised=0.1"]
 EXPECTED_POINTS = {"draft": 1, "nft": 2, "refl": 1}  # of the tiny configs; others: the window, or 4 times
 
 
@@ -55,7 +56,7 @@ def counted(networks: dict[str, nn.Module | None]) -> Counter[str]:
 @pytest.mark.parametrize("regularised", [False, True], ids=["plain", "regularised"])
 @pytest.mark.parametrize("kind", sorted(ALGORITHMS))
 def test_it_moves_the_policy_at_its_documented_cost(folder: Path, env: Env, kind: str, regularised: bool) -> None:
-    config = tiny_config(folder, kind, ["regularise.low_frequency=1"] if regularised else [])
+    config = tiny_config(folder, kind, REGULARISED if regularised else [])
     crew = build_crew(config, StageTimes())
     assert isinstance(crew, LocalCrew)
     learner, algorithm = crew.learner, crew.learner.algorithm
@@ -82,14 +83,14 @@ def test_it_moves_the_policy_at_its_documented_cost(folder: Path, env: Env, kind
     assert points == EXPECTED_POINTS.get(kind, config.sampling.window if algorithm.needs.trajectory else 4)
     micro_batches = config.rollout.groups * config.rollout.samples // config.engine.micro_batch
     cost = dict(zip(("current", "old", "reference"), COST[kind], strict=True))
-    if regularised:  # the start is asked once a point, whoever wants to know
-        cost["reference"] = 1
+    if regularised:  # the start is asked once a point, whoever wants to know; references have a pass of their own
+        cost |= {"reference": 1, "current": 2}
     assert {name: calls[name] for name in cost} == {name: n * points * micro_batches for name, n in cost.items()}
     logged = cost_metrics([part.images for part in scored], [report], config.rollout.groups * config.rollout.samples)
     assert logged == {
         "cost/sample_forwards": config.sampling.steps,
         "cost/train_forwards": (cost["old"] + cost["reference"]) * points,
-        "cost/train_backwards": points,
+        "cost/train_backwards": cost["current"] * points,
     }
 
 
