@@ -96,8 +96,9 @@ def _search(folder: Path, pairs: list[FolderPair], misses: list[str], depth: int
 def stems(folder: Path) -> dict[str, Path]:
     """Pairing key -> file, for all images below `folder`; ValueError if two files have the same key."""
     found: dict[str, Path] = {}
+    start = len(folder.parts)
     for path in image_files(folder):
-        key = _SUFFIX.sub("", path.relative_to(folder).with_suffix("").as_posix())
+        key = _SUFFIX.sub("", "/".join((*path.parts[start:-1], path.stem)))
         if key in found:
             raise ValueError(f"{found[key]} and {path} have the same name for pairing ({key!r}): rename or remove one")
         found[key] = path

@@ -44,6 +44,7 @@ os.environ.update(
         "TRITON_CACHE_DIR": str(_CACHES / "triton"),
         "MPLCONFIGDIR": str(_CACHES / "matplotlib"),
         "MPLBACKEND": "Agg",
+        "XDG_CACHE_HOME": str(_CACHES / "xdg"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "TERM": "dumb",  # rich and typer wrap by the terminal's width otherwise
         "COLUMNS": "120",
