@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from envs.images import image_files
-from envs.pairing import GT_NAMES, LQ_NAMES, find_folder_pairs, normalised, stems
+from envs.pairing import GT_NAMES, LQ_NAMES, normalised, search_folder_pairs, stems
 from envs.sources.rows import BadRow, Row, inside, split_of_folders, types_of_folders
 
+MIN_SHARED = 0.5  # of the names, for two folders to be a pair; the others are listed as bad rows
 _SPLIT_WORDS = re.compile(r"^(train|test|val)|(train|test|val)$")
 _LOW, _HIGH = re.compile(r"_lr[2348]?$", re.IGNORECASE), re.compile(r"_hr$", re.IGNORECASE)
 
@@ -31,7 +32,12 @@ def read_folder(root: Path) -> Iterator[Row | BadRow]:
         yield from _alone(root)
         return
     real = os.path.realpath(root)
-    for folders in find_folder_pairs(root):
+    pairs, misses = search_folder_pairs(root, MIN_SHARED)
+    if not pairs:
+        seen = "; ".join(misses) or "no sibling folders with such names were found"
+        raise ValueError(f"no LQ/GT folder pair below {root} ({seen}): write a manifest (docs/data.md)")
+    yield from (BadRow(str(root), "-", miss) for miss in misses)
+    for folders in pairs:
         above = folders.lq.parent.relative_to(root).as_posix()
         yield from _paired(root, real, folders.lq, folders.gt, "" if above == "." else f"{above}/")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +24,7 @@ SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 # Columns that are taken as they are, besides id, lq, gt, types and split.
 _PLAIN = tuple(name for name in FIELDS if name not in ("id", "lq", "gt", "types", "split"))
 _LQ_COLUMNS = LQ_NAMES | {"image"}
+_AT = re.compile(r"\d+\+\d+|\d+:[^\t\n]+")
 _MAX_LINE = 2**20  # characters of one JSONL line
 
 
@@ -63,9 +65,9 @@ def columns(header: list[str], file: Path) -> dict[str, str]:
 
 def to_row(given: Mapping[str, Any], real_root: str) -> Row:
     """A record with keys as in the documentation -> Row; ValueError with the reason."""
-    lq = _path(given.get("lq"), "lq", real_root)
-    gt = _path(given["gt"], "gt", real_root) if given.get("gt") else ""
-    name = str(given.get("id") or PurePosixPath(lq).with_suffix(""))
+    lq = _locator(given, "lq", real_root)
+    gt = _locator(given, "gt", real_root) if given.get("gt") else ""
+    name = str(given.get("id") or PurePosixPath(lq.partition("\t")[0]).with_suffix(""))
     split = str(given.get("split") or split_of_folders(lq))
     if split and normalised(split) not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: use train, val or test")
@@ -79,13 +81,28 @@ def to_row(given: Mapping[str, Any], real_root: str) -> Row:
     )
 
 
-def _path(value: object, key: str, real_root: str) -> str:
+def to_record(row: Row) -> dict[str, str]:
+    """The record that `to_row` reads as this row; fields without a value are left out."""
+    record = {key: value for key, value in vars(row).items() if value}
+    for key in ("lq", "gt"):
+        path, _, at = record.get(key, "").partition("\t")
+        if at:
+            record |= {key: path, f"{key}_at": at}
+    return record
+
+
+def _locator(given: Mapping[str, Any], key: str, real_root: str) -> str:
+    """A path, with a place in that file or folder if `lq_at` or `gt_at` gives one."""
+    value, at = given.get(key), given.get(f"{key}_at")
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key} must be a path, got {value!r}")
-    relative = inside(real_root, value)
-    if not os.path.isfile(f"{real_root}/{relative}"):  # noqa: PTH113  (100,000 rows)
+    relative = inside(real_root, value) if value != "." else value
+    path = f"{real_root}/{relative}"
+    if not (os.path.exists(path) if at else os.path.isfile(path)):  # noqa: PTH110, PTH113  (100,000 rows)
         raise ValueError(f"{key} {value} does not exist below {real_root}")
-    return relative
+    if at and not _AT.fullmatch(str(at)):
+        raise ValueError(f"{key}_at must be OFFSET+LENGTH or ROW:COLUMN, got {at!r}")
+    return f"{relative}\t{at}" if at else relative
 
 
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
