@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from envs.degradations.base import Degradation
 from envs.degradations.jpeg import from_uint8_hwc, to_uint8_hwc
-from envs.degradations.realesrgan import Recipe, degrade
 from envs.images import DecodedCache, checked_size, file_digest
 from envs.rng import generator_for
 from envs.types import Task
@@ -52,7 +52,7 @@ class PhotoPool:
     """Photos with a crop size and a recipe; random access to (LQ, GT) pairs."""
 
     def __init__(
-        self, photos: Sequence[Photo], size: int, recipe: Recipe, prefix: str = "photos", cache_mb: int = 2048
+        self, photos: Sequence[Photo], size: int, recipe: Degradation, prefix: str = "photos", cache_mb: int = 2048
     ) -> None:
         """size: side of the crops in px, a multiple of recipe.scale. Photos with a shorter side than `size` are left
         out (`too_small`), since upscaling would teach blur. ValueError for unreadable files and when no photo is left.
@@ -106,7 +106,7 @@ class PhotoPool:
         if flip:
             gt_8bit = np.ascontiguousarray(gt_8bit[:, ::-1])
         gt = from_uint8_hwc(gt_8bit)
-        degraded = degrade(gt, rng, self.recipe)
+        degraded = self.recipe.apply(gt, rng)
         digest = hashlib.sha256(gt_8bit.tobytes() + to_uint8_hwc(degraded.lq).tobytes()).hexdigest()[:12]
         where = f"{place.extent_px}+{place.x_px}+{place.y_px}{'f' if flip else ''}"
         record = {"zoom": place.extent_px / self.size, "flip": float(flip), **degraded.record}

@@ -8,9 +8,12 @@ the header, before any pixel is decoded.
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -28,29 +31,41 @@ _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 def image_files(folder: Path) -> list[Path]:
     """All image files below `folder`, sorted by relative path; hidden files and folders are skipped."""
-    found = [
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    found: list[str] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            f"{parent}{os.sep}{name}"
+            for name in files
+            if not name.startswith(".") and name[name.rfind(".") :].lower() in SUFFIXES
+        ]
+    start = len(str(folder))
+    return [path for path in map(Path, sorted(found, key=lambda path: path[start:])) if path.is_file()]
 
 
-def open_image(path: Path) -> Image.Image:
-    """Open lazily; ValueError if it cannot be opened, is of another format, or is too large."""
+def open_image(source: Path | IO[bytes], name: str | None = None) -> Image.Image:
+    """Open lazily; ValueError if it cannot be opened, is of another format, or is too large. `name` is for messages."""
+    shown = name or source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(path, formats=list(FORMATS))
+            return Image.open(source, formats=list(FORMATS))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         remedy = f"downscale it, the limit is {MAX_PIXELS:,} pixels"
-        raise ValueError(f"{path} has too many pixels ({error}): {remedy}") from error
+        raise ValueError(f"{shown} has too many pixels ({error}): {remedy}") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a readable {'/'.join(FORMATS)} image ({error}): remove or replace it"
+            f"{shown} is not a readable {'/'.join(FORMATS)} image ({error}): remove or replace it"
         ) from error
+
+
+def decode_rgb(data: bytes, name: str) -> np.ndarray:
+    """As `load_rgb`, from the bytes of a file; `name` is for the ValueError."""
+    with open_image(io.BytesIO(data), name) as opened:
+        try:
+            return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{name} cannot be decoded ({error}): remove or replace it") from error
 
 
 def checked_size(path: Path) -> tuple[int, int]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from envs.degradations.jpeg import from_uint8_hwc
 from envs.images import DecodedCache, checked_size, file_digest, load_rgb
+from envs.inspection import MIN_CORRELATION, correlation_of
+from envs.names import HELD_OUT_NAMES, TYPE_NAMES
 from envs.pairing import Pair, find_folder_pairs, normalised, pair_files
 from envs.rng import generator_for
 from envs.splits import is_held_out
@@ -27,46 +28,6 @@ HELD_OUT_SEED = 20_251  # fixed: runs of different seeds are evaluated on the sa
 TRAIN_CANDIDATES, HELD_OUT_CANDIDATES = 2, 6
 CHECKED_PAIRS = 1000  # sizes are compared at the start for at most so many pairs, later when a pair is drawn
 CORRELATED_PAIRS = 8
-MIN_CORRELATION = 0.3
-
-# Folder name -> degradation type, as in LL-Bench and GGT-100K; names are normalised (`envs.pairing.normalised`).
-TYPE_NAMES: dict[str, str] = {
-    "artifact": "compression",
-    "blur": "blur",
-    "compression": "compression",
-    "dark": "lowlight",
-    "defocus": "defocus",
-    "dehaze": "haze",
-    "denoise": "noise",
-    "derain": "rain",
-    "desnow": "snow",
-    "drop": "raindrop",
-    "fog": "haze",
-    "foggy": "haze",
-    "haze": "haze",
-    "hazy": "haze",
-    "jpeg": "compression",
-    "lowlight": "lowlight",
-    "mist": "haze",
-    "motion": "motion",
-    "motionblur": "motion",
-    "night": "lowlight",
-    "noise": "noise",
-    "noisy": "noise",
-    "old": "oldphoto",
-    "oldphoto": "oldphoto",
-    "rain": "rain",
-    "raindrop": "raindrop",
-    "rainstreak": "rain",
-    "rainy": "rain",
-    "scratch": "oldphoto",
-    "snow": "snow",
-    "snowy": "snow",
-    "sr": "sr",
-    "superres": "sr",
-    "uncompleted": "oldphoto",
-}
-HELD_OUT_NAMES = frozenset({"test", "testing", "val", "valid", "validation"})
 
 
 @dataclass(frozen=True)
@@ -258,10 +219,4 @@ def _check_correlation(pairs: Sequence[Pair]) -> None:
 def _correlation(pair: Pair) -> float:
     """Pearson correlation of the luminance of both views at 32 px; 1 where one of them is flat (nothing to compare)."""
     assert pair.gt is not None
-    views = []
-    for path in (pair.lq, pair.gt):
-        image = Image.fromarray(load_rgb(path, long_edge_px=256)).convert("L").resize((32, 32), Image.Resampling.BOX)
-        views.append(np.asarray(image, dtype=np.float64).ravel())
-    if min(view.std() for view in views) < 1.0:
-        return 1.0
-    return float(np.corrcoef(views[0], views[1])[0, 1])
+    return correlation_of(*(load_rgb(path, long_edge_px=256) for path in (pair.lq, pair.gt)))

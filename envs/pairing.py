@@ -55,9 +55,7 @@ def find_folder_pairs(root: Path) -> list[FolderPair]:
     """All LQ/GT folder pairs below `root`, e.g. one a category; ValueError if there is none, or a choice to make."""
     if not root.is_dir():
         raise ValueError(f"env.root {root} is not a folder: correct the path")
-    pairs: list[FolderPair] = []
-    misses: list[str] = []
-    _search(root, pairs, misses, depth=0)
+    pairs, misses = search_folder_pairs(root, MIN_SHARED)
     if not pairs:
         seen = "; ".join(misses) or "no sibling folders with such names were found"
         raise ValueError(
@@ -67,7 +65,15 @@ def find_folder_pairs(root: Path) -> list[FolderPair]:
     return pairs
 
 
-def _search(folder: Path, pairs: list[FolderPair], misses: list[str], depth: int) -> None:
+def search_folder_pairs(root: Path, min_shared: float) -> tuple[list[FolderPair], list[str]]:
+    """(pairs, what was named as a pair but shares fewer names than `min_shared` of them)."""
+    pairs: list[FolderPair] = []
+    misses: list[str] = []
+    _search(root, pairs, misses, 0, min_shared)
+    return pairs, misses
+
+
+def _search(folder: Path, pairs: list[FolderPair], misses: list[str], depth: int, min_shared: float) -> None:
     children = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     lq_dirs = [path for path in children if normalised(path.name) in LQ_NAMES]
     gt_dirs = [path for path in children if normalised(path.name) in GT_NAMES]
@@ -76,7 +82,7 @@ def _search(folder: Path, pairs: list[FolderPair], misses: list[str], depth: int
     for lq_dir, gt_dir in product(lq_dirs, gt_dirs):
         lq_names, gt_names = stems(lq_dir), stems(gt_dir)
         shared, most = len(lq_names.keys() & gt_names.keys()), max(len(lq_names), len(gt_names))
-        if most and shared >= MIN_SHARED * most:
+        if most and shared >= min_shared * most:
             found.append(FolderPair(lq_dir, gt_dir))
         elif most:
             odd = sorted(lq_names.keys() ^ gt_names.keys())
@@ -90,14 +96,15 @@ def _search(folder: Path, pairs: list[FolderPair], misses: list[str], depth: int
     if depth < 6:
         for child in children:
             if child not in used:
-                _search(child, pairs, misses, depth + 1)
+                _search(child, pairs, misses, depth + 1, min_shared)
 
 
 def stems(folder: Path) -> dict[str, Path]:
     """Pairing key -> file, for all images below `folder`; ValueError if two files have the same key."""
     found: dict[str, Path] = {}
+    start = len(folder.parts)
     for path in image_files(folder):
-        key = _SUFFIX.sub("", path.relative_to(folder).with_suffix("").as_posix())
+        key = _SUFFIX.sub("", "/".join((*path.parts[start:-1], path.stem)))
         if key in found:
             raise ValueError(f"{found[key]} and {path} have the same name for pairing ({key!r}): rename or remove one")
         found[key] = path

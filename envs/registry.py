@@ -6,10 +6,12 @@ An env is built as `env_class(config)`; files are read then, not at import.
 from __future__ import annotations
 
 from envs.base import Env
+from envs.manifest import ManifestConfig, ManifestEnv
 from envs.paired import PairedConfig, PairedEnv
 from envs.photos import PhotosConfig, PhotosEnv
 
 ENVS: dict[str, tuple[type, type[Env]]] = {
+    "manifest": (ManifestConfig, ManifestEnv),
     "paired": (PairedConfig, PairedEnv),
     "photos": (PhotosConfig, PhotosEnv),
 }

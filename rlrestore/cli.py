@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from rlrestore.cli_data import data_app
+
 USAGE, UNAVAILABLE, FAILED, INTERRUPTED = 64, 69, 70, 130
 
 app = typer.Typer(
@@ -78,6 +80,9 @@ def restore(
     from rlrestore.commands.restore import run_restore
 
     _guard(lambda: run_restore(source, target, checkpoint, seed, steps, samples, tile, overlap, overwrite))
+
+
+app.add_typer(data_app(lambda command: _guard(command)), name="data")
 
 
 def main() -> None:

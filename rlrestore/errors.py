@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from envs.manifest import QuarantineError
 from rewards.rubric import RewardBudgetError
 from rlrestore.checkpoint import CheckpointError
 from rlrestore.config import ConfigError
@@ -25,4 +26,12 @@ UNAVAILABLE_ERRORS = (ClusterError,)
 
 def known_failures() -> tuple[type[Exception], ...]:
     """Failures of a run that explain themselves in one line."""
-    return (RewardBudgetError, NonFiniteError, StaleRolloutError, SyncError, WorkerLostError, FloatingPointError)
+    return (
+        RewardBudgetError,
+        NonFiniteError,
+        QuarantineError,
+        StaleRolloutError,
+        SyncError,
+        WorkerLostError,
+        FloatingPointError,
+    )

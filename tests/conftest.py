@@ -44,6 +44,7 @@ os.environ.update(
         "TRITON_CACHE_DIR": str(_CACHES / "triton"),
         "MPLCONFIGDIR": str(_CACHES / "matplotlib"),
         "MPLBACKEND": "Agg",
+        "XDG_CACHE_HOME": str(_CACHES / "xdg"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_open_telemetry": "0",  # as rlrestore.actors sets it, which comes too late where a test imports ray first
         "RAY_enable_metrics_collection": "0",

@@ -6,11 +6,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from envs.degradations.ggt import Category
 from envs.degradations.realesrgan import SECOND_STAGE, Recipe, Stage
 
-DEGRADATIONS: dict[str, Recipe] = {
+DEGRADATIONS: dict[str, Recipe | Category] = {
     # zsyOAOA/ResShift configs/realsr_swinunet_realesrgan256.yaml: Real-ESRGAN ranges, second round half of the time
     "first_order": Recipe(second=replace(SECOND_STAGE, kernel_size=(7, 15)), second_order_prob=0.5),
+    "ggt": Category("ggt"),
+    "haze": Category("haze"),
+    "lowlight": Category("lowlight"),
     # cswry/SeeSR dataloaders/params_realesrgan.yml, the same in csslc/PiSA-SR
     "mild": Recipe(
         first=Stage(
@@ -26,5 +30,9 @@ DEGRADATIONS: dict[str, Recipe] = {
             jpeg_quality=(60.0, 100.0),
         ),
     ),
+    "mix": Category("mix"),
+    "oldphoto": Category("oldphoto"),
+    "rain": Category("rain"),
     "realesrgan": Recipe(),
+    "snow": Category("snow"),
 }

@@ -21,9 +21,9 @@ import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from envs.degradations.base import Degraded, round8
 from envs.degradations.jpeg import jpeg
 from envs.degradations.kernels import blur, gaussian_kernel, plateau_kernel, sinc_kernel
 from envs.degradations.noise import gaussian_noise, poisson_noise
@@ -88,14 +88,8 @@ class Recipe:
                 if abs(sum(getattr(stage, part)) - 1.0) > 1e-6:
                     raise ValueError(f"recipe.{name}.{part} must sum to 1, got {getattr(stage, part)}")
 
-
-@dataclass(frozen=True)
-class Degraded:
-    """A degraded photo and what was done to it."""
-
-    lq: Tensor  # [3, H, W] float32 in [0, 1] on the 8-bit grid, same size as gt
-    types: tuple[str, ...]  # what was applied: "blur", "noise", "compression", "sr"
-    record: dict[str, float]  # drawn parameters by name, e.g. "noise1_sigma_255"
+    def apply(self, gt: Tensor, rng: np.random.Generator) -> Degraded:
+        return degrade(gt, rng, self)
 
 
 def degrade(gt: Tensor, rng: np.random.Generator, recipe: Recipe) -> Degraded:
@@ -122,7 +116,7 @@ def degrade(gt: Tensor, rng: np.random.Generator, recipe: Recipe) -> Degraded:
         image = _jpeg(image, rng, second, "jpeg2", record)
         image = _low_sinc(image, low, rng, recipe, record)
 
-    lq = _round8(resize(_round8(image), height, width, "bicubic"))
+    lq = round8(resize(round8(image), height, width, "bicubic"))
     return Degraded(lq, _types(record), record)
 
 
@@ -240,8 +234,3 @@ def _types(record: dict[str, float]) -> tuple[str, ...]:
     found = [name for name, keys in applied.items() if any(key in record for key in keys)]
     shrunk = record["scale"] > 1 or any(record.get(f"resize{i}_factor", 1.0) < 1.0 for i in (1, 2))
     return tuple(found + ["sr"] * shrunk)
-
-
-def _round8(image: Tensor) -> Tensor:
-    """To the 8-bit grid in [0, 1]; the division is by 255 so that k/255 is the same float everywhere."""
-    return torch.round(image.clamp(0, 1) * 255.0).div_(255.0)

@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from envs.degradations import DEGRADATIONS
+from envs.degradations.base import apply_to_batch
+from envs.degradations.capture import GAMMA, low_light, old_photo
+from envs.degradations.ggt import CATEGORIES, EFFECTS
 from envs.degradations.jpeg import from_uint8_hwc, jpeg, to_uint8_hwc
 from envs.degradations.kernels import blur, gaussian_kernel, plateau_kernel, sinc_kernel
 from envs.degradations.noise import gaussian_noise, poisson_noise
 from envs.degradations.realesrgan import SECOND_STAGE, Recipe, Stage, degrade
 from envs.degradations.resize import MODES, resize
+from envs.degradations.scenery import line_kernel, pseudo_depth
+from envs.degradations.weather import haze, rain, scatter, snow
 from envs.rng import generator_for
 
 NOTHING = Stage(blur_prob=0.0, resize_probs=(0.0, 0.0, 1.0), noise_prob=0.0, jpeg_prob=0.0)
@@ -194,8 +199,7 @@ def test_jpeg_quality_orders_psnr(photo: Tensor) -> None:
 def test_same_generator_same_bytes(name: str, scale: int, photo: Tensor) -> None:
     recipe = replace(DEGRADATIONS[name], scale=scale)
     before = photo.clone()
-    first, again = degrade(photo, generator_for(7, 1), recipe), degrade(photo, generator_for(7, 1), recipe)
-    other = degrade(photo, generator_for(7, 2), recipe)
+    first, again, other = (recipe.apply(photo, generator_for(7, draw)) for draw in (1, 1, 2))
     assert torch.equal(first.lq, again.lq)
     assert first.record == again.record
     assert not torch.equal(first.lq, other.lq)
@@ -203,7 +207,10 @@ def test_same_generator_same_bytes(name: str, scale: int, photo: Tensor) -> None
     assert first.lq.shape == photo.shape
     assert torch.equal(torch.round(first.lq * 255.0).div(255.0), first.lq)  # on the 8-bit grid
     assert first.record["scale"] == scale
-    assert set(first.types) <= {"blur", "noise", "compression", "sr"}
+    assert set(first.types) <= {"blur", "noise", "compression", "sr", *CATEGORIES}
+    batch, each = apply_to_batch(recipe, torch.stack([photo.flip(2), photo]), [generator_for(7, d) for d in (2, 1)])
+    assert torch.equal(batch[1], first.lq)
+    assert each[1].record == first.record
 
 
 def test_the_identity_recipe_changes_nothing(photo: Tensor) -> None:
@@ -302,3 +309,83 @@ def test_small_and_odd_sizes_work(side: int) -> None:
     image = torch.rand(3, side, side + 3)
     for i in range(5):
         assert degrade(image, generator_for(11, i), DEGRADATIONS["realesrgan"]).lq.shape == image.shape
+
+
+# --- the categories of GGT-100K ---------------------------------------------------------------------------------------
+
+
+def test_scattering() -> None:
+    # J = 0.2, t = 0.25, A = 0.9: 0.2 * 0.25 + 0.9 * 0.75 = 0.725. t = 1 is the identity, t = 0 the airlight.
+    image, air = torch.full((3, 2, 2), 0.2), torch.full((3,), 0.9)
+    assert float(scatter(image, torch.full((2, 2), 0.25), air).mean()) == pytest.approx(0.725, abs=1e-6)
+    assert torch.equal(scatter(image, torch.ones(2, 2), air), image)
+    assert float(scatter(image, torch.zeros(2, 2), air).mean()) == pytest.approx(0.9, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(EFFECTS))
+def test_severity_of_an_effect(name: str, photo: Tensor) -> None:
+    def mean_psnr(severity: float) -> float:
+        results = [EFFECTS[name](photo, generator_for(3, i), severity)[0] for i in range(6)]
+        return float(np.mean([psnr(result, photo) for result in results]))
+
+    values = [mean_psnr(severity) for severity in (0.0, 0.25, 0.6, 1.0)]
+    assert values[0] > 80.0, "severity 0 changes nothing but rounding"
+    assert all(mild > strong + 0.5 for mild, strong in pairwise(values)), values
+
+
+def test_haze_hides_what_is_far_and_is_brighter(photo: Tensor) -> None:
+    ramp = torch.zeros(3, 64, 64)  # black: what is seen is the airlight, times 1 - t
+    result, record = haze(ramp, generator_for(5), 1.0)
+    assert float(result[:, :16].mean()) > float(result[:, -16:].mean()) + 0.1  # the top is far
+    assert record["haze_b"] == pytest.approx(0.6 + 1.2 * generator_for(5).random())  # the first draw, U(.6, 1.8)
+    seen = 1.0 - float((result.mean(0) / record["haze_airlight"]).mean())
+    assert seen == pytest.approx(record["haze_transmission"], abs=0.01)
+
+
+def test_low_light_has_the_mean_of_its_exposure() -> None:
+    # Linear light J e; Poisson noise keeps the mean. J = 0.5^2.2 = 0.2176 on average over 64 x 64 pixels a channel.
+    image = torch.full((3, 64, 64), 0.5)
+    dark, record = low_light(image, generator_for(1), 1.0)
+    for channel, name in enumerate("rgb"):
+        expected = 0.5**GAMMA * record["lowlight_exposure"] * record[f"lowlight_gain_{name}"]
+        assert float((dark[channel] ** GAMMA).mean()) == pytest.approx(expected, rel=0.05)
+    assert 0.03 <= record["lowlight_exposure"] <= 0.3
+
+
+def test_rain_and_snow_brighten_and_count_by_area(photo: Tensor) -> None:
+    small, large = torch.zeros(3, 64, 64), torch.zeros(3, 128, 128)
+    for effect, key in ((rain, "rain_streaks"), (snow, "snow_flakes")):
+        bright, few = effect(small, generator_for(2), 1.0)
+        _, many = effect(large, generator_for(2), 1.0)
+        assert float(bright.max()) > 0.4
+        assert many[key] >= 3 * few[key] > 0
+
+
+def test_old_photos_of_two_tones_have_one_colour() -> None:
+    # Red grows to the right, blue downwards: uncorrelated. In grey and sepia both follow the luminance.
+    ramp = torch.linspace(0.1, 0.9, 96)
+    image = torch.stack([ramp.expand(96, 96), torch.full((96, 96), 0.5), ramp[:, None].expand(96, 96)])
+    for draw in range(12):
+        result, record = old_photo(image, generator_for(4, draw), 1.0)
+        together = float(torch.corrcoef(result[[0, 2]].flatten(1))[0, 1])
+        assert (together > 0.85) == (record["old_tone"] >= 2.0), (draw, together, record)
+
+
+def test_a_line_kernel_blurs_along_its_line() -> None:
+    kernel = line_kernel(9.0, 0.0)
+    assert float(kernel.sum()) == pytest.approx(1.0, abs=1e-6)
+    assert int((kernel > 0).sum()) == 9  # one row of nine pixels, each 1/9
+    torch.testing.assert_close(line_kernel(9.0, math.pi / 2), kernel.T, atol=1e-5, rtol=0)
+
+
+def test_depth_grows_upwards(photo: Tensor) -> None:
+    depth = pseudo_depth(photo, generator_for(0))
+    assert depth.shape == photo.shape[1:]
+    assert 0.0 <= float(depth.min()) <= float(depth.max()) <= 1.0
+    assert float(depth[:24].mean()) > float(depth[-24:].mean()) + 0.2
+
+
+def test_ggt_draws_every_category(photo: Tensor) -> None:
+    done = [DEGRADATIONS["ggt"].apply(photo, generator_for(6, i)) for i in range(60)]
+    assert {CATEGORIES[int(item.record["category"])] for item in done} == set(CATEGORIES)
+    assert all(item.types[0] == CATEGORIES[int(item.record["category"])] for item in done)

@@ -64,6 +64,9 @@ def build(name: str, pairs_root: Path) -> list[Env]:
     config, env = ENVS[name]
     if name == "photos":
         return [env(replace(config(), size=64))]
+    if name == "manifest":
+        options = {"source": str(pairs_root), "size": 48, "held_out_fraction": 0.4, "cache": str(pairs_root / ".cache")}
+        return [env(config(**options)), env(config(**options, per_step=8, balance={"haze": 3.0, "rain": 1.0}))]
     paired = config(root=str(pairs_root), size=48, held_out_fraction=0.4)
     alone = config(lq_dir=str(pairs_root / "haze" / "LQ"), size=None, held_out_fraction=0.4)
     return [env(paired), env(alone)]

@@ -1,0 +1,61 @@
+"""Names of folders, columns and fields that say which degradation or which split a photo belongs to."""
+
+from __future__ import annotations
+
+# Folder name -> degradation type, as in LL-Bench and GGT-100K; names are normalised (`envs.pairing.normalised`).
+TYPE_NAMES: dict[str, str] = {
+    "artifact": "compression",
+    "blur": "blur",
+    "compression": "compression",
+    "dark": "lowlight",
+    "defocus": "defocus",
+    "dehaze": "haze",
+    "denoise": "noise",
+    "derain": "rain",
+    "desnow": "snow",
+    "drop": "raindrop",
+    "fog": "haze",
+    "foggy": "haze",
+    "haze": "haze",
+    "hazy": "haze",
+    "jpeg": "compression",
+    "lowlight": "lowlight",
+    "mist": "haze",
+    "motion": "motion",
+    "motionblur": "motion",
+    "night": "lowlight",
+    "noise": "noise",
+    "noisy": "noise",
+    "old": "oldphoto",
+    "oldphoto": "oldphoto",
+    "rain": "rain",
+    "raindrop": "raindrop",
+    "rainstreak": "rain",
+    "rainy": "rain",
+    "scratch": "oldphoto",
+    "snow": "snow",
+    "snowy": "snow",
+    "sr": "sr",
+    "superres": "sr",
+    "uncompleted": "oldphoto",
+}
+HELD_OUT_NAMES = frozenset({"test", "testing", "val", "valid", "validation"})
+# What a row may call a degradation, besides the names of folders that `paired` knows.
+TYPE_ALIASES: dict[str, str] = {
+    **TYPE_NAMES,
+    "deblur": "blur",
+    "flare": "flare",
+    "general": "mix",
+    "generalmix": "mix",
+    "generalmixed": "mix",
+    "hdr": "hdr",
+    "mix": "mix",
+    "mixed": "mix",
+    "nightrain": "rain|lowlight",
+    "oldphotos": "oldphoto",
+    "reflection": "reflection",
+    "shadow": "shadow",
+    "social": "mix",
+    "socialmedia": "mix",
+    "underwater": "underwater",
+}

@@ -1,0 +1,50 @@
+"""`rlrestore data ...`: the commands about data sets. `cli.py` mounts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Source = Annotated[Path, typer.Argument(help="manifest, tar, Parquet, or folder of images (docs/data.md)")]
+Root = Annotated[Path | None, typer.Option(help="what paths in a manifest are relative to; default: its folder")]
+Overwrite = Annotated[bool, typer.Option(help="replace outputs that exist")]
+
+
+def data_app(guard: Callable[[Callable[[], None]], None]) -> typer.Typer:
+    """The sub-commands; `guard` turns errors into exit codes."""
+    app = typer.Typer(no_args_is_help=True, help="Look at data sets, check them, build them.")
+
+    @app.command()
+    def check(
+        source: Source,
+        out: Annotated[Path, typer.Option(help="the clean manifest to write")] = Path("manifest.clean.jsonl"),
+        root: Root = None,
+        workers: Annotated[int, typer.Option(help="processes")] = 2,
+        overwrite: Overwrite = False,
+    ) -> None:
+        """Find unreadable, mismatched, duplicate and leaking images; write a manifest without them."""
+        from rlrestore.commands.data_check import run_check
+
+        guard(lambda: run_check(source, root, out, workers, overwrite))
+
+    @app.command()
+    def show(
+        source: Source,
+        out: Annotated[Path, typer.Option(help="OUT.png and OUT.html are written")] = Path("contact_sheet"),
+        root: Root = None,
+        per_type: Annotated[int, typer.Option(help="rows of each type")] = 4,
+        seed: Annotated[int, typer.Option(help="of the choice of rows")] = 0,
+        tensorboard: Annotated[
+            Path | None, typer.Option(help="also write the sheet to this TensorBoard folder")
+        ] = None,
+        overwrite: Overwrite = False,
+    ) -> None:
+        """A contact sheet of a few rows of each type."""
+        from rlrestore.commands.data_show import run_show
+
+        guard(lambda: run_show(source, root, out, per_type, seed, tensorboard, overwrite))
+
+    return app
