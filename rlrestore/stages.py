@@ -19,9 +19,13 @@ from rlrestore.seeds import derive_seed
 from rlrestore.types import Chunk, Row, UpdateReport, UpdateRequest, plan_updates
 
 
+def chain_times(config: SamplingConfig) -> tuple[float, ...]:
+    return config.times or tuple(time_schedule(config.steps, config.shift).tolist())
+
+
 def rollout_chain(config: SamplingConfig, seed: int, iteration: int, stochastic: bool) -> Chain:
     """The chain of this iteration's rollouts; all samples share one window, a function of (seed, iteration)."""
-    times = tuple(time_schedule(config.steps, config.shift).tolist())
+    times = chain_times(config)
     if not stochastic or config.sampler == "ode":
         return Chain(times)
     low, high = config.window_range
@@ -33,7 +37,7 @@ def rollout_chain(config: SamplingConfig, seed: int, iteration: int, stochastic:
 
 def evaluation_chain(config: SamplingConfig) -> Chain:
     """Always the ODE, on the times of training."""
-    return Chain(tuple(time_schedule(config.steps, config.shift).tolist()))
+    return Chain(chain_times(config))
 
 
 def make_chunks(
