@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 DEFAULT = "default"
 TRAINED = (rf"\.lora_[AB]\.{DEFAULT}\.",)  # pattern of the parameters that training moves
@@ -104,12 +104,6 @@ def new_policy(network: nn.Module, adapter: str) -> Policy:
     for name, parameter in policy.named_parameters():
         parameter.copy_(trained[name])
     return policy
-
-
-def lora_tensors(part: nn.Module, prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of `weights` by parameter name, those of the part called `prefix`, under the names that a LoRA file has."""
-    own = {name.removeprefix(f"{prefix}."): value for name, value in weights.items() if name.startswith(f"{prefix}.")}
-    return {name.replace(f".{DEFAULT}.", "."): value for name, value in own.items()}
 
 
 def _peft_config(spec: LoraSpec, modules: list[str]) -> Any:

@@ -279,6 +279,8 @@ def _opened(config: PipelineConfig, kind: str) -> tuple[PipelineConfig, Path | N
     if not (folder / TENSORS).is_file() or not (folder / CONFIG).is_file():
         return config, None
     given = json.loads((folder / CONFIG).read_text())
+    if (folder / given.get("weights", "")).is_dir():  # an exported pipeline lies around it
+        given["weights"] = str((folder / given["weights"]).resolve())
     if (name := given.pop("kind", None)) != kind:
         raise ValueError(f"restorer.weights: {folder} was saved from a {name}: set restorer.kind={name}")
     known = {item.name for item in fields(config)}
