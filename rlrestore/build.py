@@ -386,17 +386,17 @@ def check_times(config: TrainConfig, restorer: Restorer, size: tuple[int, int]) 
     """What the restorer's own range of times allows."""
     sampling = config.sampling
     if restorer.one_step:
-        if sampling.steps != 1:
-            raise ConfigError(
-                f"sampling.steps={sampling.steps} and restorer.kind={config.restorer.kind} takes one step: set sampling.steps=1"
-            )
         if build_algorithm(config.algorithm).needs.trajectory:
             raise ConfigError(
                 f"algorithm.kind={config.algorithm.kind} needs the density of steps and restorer.kind={config.restorer.kind} is "
                 "deterministic: choose a forward-process method such as nft"
             )
-    if chain_times(sampling)[0] > restorer.t_max:
-        own = ", ".join(f"{t:.6g}" for t in restorer.times(sampling.steps, size))
+        if sampling.steps != 1:
+            raise ConfigError(
+                f"sampling.steps={sampling.steps} and restorer.kind={config.restorer.kind} takes one step: set sampling.steps=1"
+            )
+    if chain_times(sampling)[0] > restorer.t_max + 1e-6:  # a float32 that was printed
+        own = ", ".join(f"{t:.7g}" for t in restorer.times(sampling.steps, size))
         raise ConfigError(
             f"sampling starts at t={chain_times(sampling)[0]:g} and this restorer knows no noise above t={restorer.t_max:.6g}: "
             f"set sampling.times, e.g. to its own [{own}]"
