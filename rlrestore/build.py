@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from rlrestore.config import (
 )
 from rlrestore.crew import Crew, LocalCrew, StageTimes
 from rlrestore.diffusion.kernels import DRIFT_KERNELS, KERNELS
-from rlrestore.diffusion.schedules import time_schedule
 from rlrestore.diffusion.solvers import SOLVERS
 from rlrestore.engine.base import Engine, EngineOptions
 from rlrestore.engine.build import ENGINES, build_engine, free_port
@@ -46,7 +46,7 @@ from rlrestore.restorers.base import Restorer
 from rlrestore.restorers.registry import RESTORERS
 from rlrestore.rundir import RunDir, now, versions
 from rlrestore.scoring import Scorer
-from rlrestore.stages import evaluation_chain
+from rlrestore.stages import chain_times, evaluation_chain
 
 PLACEMENTS = ("colocated", "local", "separate")
 
@@ -166,6 +166,15 @@ def _check_numbers(config: TrainConfig) -> None:
 def _check_sampling(config: TrainConfig, algorithm: Algorithm) -> None:
     sampling, kind = config.sampling, config.algorithm.kind
     coldest, hottest = sampling.temperature
+    if sampling.times and not (
+        len(sampling.times) == sampling.steps + 1
+        and all(a > b for a, b in pairwise(sampling.times))
+        and (sampling.times[0] <= 1 and sampling.times[-1] == 0)
+    ):
+        raise ConfigError(
+            f"sampling.times={list(sampling.times)} must be sampling.steps + 1 = {sampling.steps + 1} falling numbers, at "
+            "most 1 and ending at 0"
+        )
     if not 0 < coldest <= hottest:
         raise ConfigError(f"sampling.temperature={[coldest, hottest]} must be two positive numbers, the smaller first")
     if not algorithm.needs.trajectory:
@@ -185,7 +194,7 @@ def _check_sampling(config: TrainConfig, algorithm: Algorithm) -> None:
             f"sampling.window={sampling.window} must fit into window_range={[low, high]} of {sampling.steps} steps: "
             f"lower the window, or widen the range up to [0, {sampling.steps - 1}]"
         )
-    times = time_schedule(sampling.steps, sampling.shift)
+    times = chain_times(sampling)
     if high == sampling.steps:
         raise ConfigError(
             f"sampling.window_range={[low, high]} reaches step {high - 1}, which ends at t={float(times[high]):g} with std 0 and has "
@@ -412,7 +421,29 @@ def check_parts(config: TrainConfig) -> Env:
         raise ConfigError(
             f"env tasks are {size[0]}x{size[1]} px and the restorer works in multiples of {restorer.multiple}: choose another env.size"
         )
+    check_times(config, restorer, (size[0], size[1]))
     return env
+
+
+def check_times(config: TrainConfig, restorer: Restorer, size: tuple[int, int]) -> None:
+    """What the restorer's own range of times allows."""
+    sampling = config.sampling
+    if restorer.one_step:
+        if build_algorithm(config.algorithm).needs.trajectory:
+            raise ConfigError(
+                f"algorithm.kind={config.algorithm.kind} needs the density of steps and restorer.kind={config.restorer.kind} is "
+                "deterministic: choose a forward-process method such as nft"
+            )
+        if sampling.steps != 1:
+            raise ConfigError(
+                f"sampling.steps={sampling.steps} and restorer.kind={config.restorer.kind} takes one step: set sampling.steps=1"
+            )
+    if chain_times(sampling)[0] > restorer.t_max + 1e-6:  # a float32 that was printed
+        own = ", ".join(f"{t:.7g}" for t in restorer.times(sampling.steps, size))
+        raise ConfigError(
+            f"sampling starts at t={chain_times(sampling)[0]:g} and this restorer knows no noise above t={restorer.t_max:.6g}: "
+            f"set sampling.times, e.g. to its own [{own}]"
+        )
 
 
 def _user_errors(make: Callable[[], Any], section: str) -> Any:

@@ -82,6 +82,34 @@ def restore(
     _guard(lambda: run_restore(source, target, checkpoint, seed, steps, samples, tile, overlap, overwrite))
 
 
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="a run, or a checkpoints/step_N folder")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="a folder that does not exist yet")],
+    form: Annotated[str, typer.Option("--format", help="lora | pipeline")] = "lora",
+    licence: Annotated[str | None, typer.Option(help="for the model card; default: what the base's card says")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="owner/name of a new repository")] = None,
+) -> None:
+    """A tuned diffusers family as files that diffusers opens alone, with a model card."""
+    from rlrestore.commands.export import run_export
+
+    _guard(lambda: run_export(source, target, form, licence, push_to_hub))
+
+
+@app.command()
+def cache_prompts(
+    weights: Annotated[str, typer.Argument(metavar="PIPELINE", help="a pipeline's folder or hub id")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="a .safetensors file")],
+    prompt: Annotated[str, typer.Option(help="what the restorer is told")] = "",
+    revision: Annotated[str | None, typer.Option(help="commit of a hub id")] = None,
+    kind: Annotated[str | None, typer.Option(help="restorer.kind; default: by the pipeline's class")] = None,
+) -> None:
+    """Embed a prompt once, so that no trainer loads a text encoder."""
+    from rlrestore.commands.cache_prompts import run_cache_prompts
+
+    _guard(lambda: run_cache_prompts(weights, target, prompt, revision, kind))
+
+
 app.add_typer(data_app(lambda command: _guard(command)), name="data")
 
 

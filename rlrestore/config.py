@@ -48,6 +48,7 @@ class SamplingConfig:
     steps: int = 8  # of a rollout and of evaluation
     solver: str = "euler"  # of the deterministic steps: euler | dpmpp_2m
     shift: float = 1.0  # t = k u / (1 + (k - 1) u)
+    times: tuple[float, ...] = ()  # the steps + 1 times themselves, from the restorer's t_max down to 0; () is `shift`
     sampler: str = "cps"  # stochastic kernel inside the window: cps | dance_sde | ddim | flow_sde; ode for none
     level: float = 0.8  # a of the kernel; CPS arXiv 2509.05952
     window: int = 3  # stochastic (trained) steps of a rollout; the rest is ODE

@@ -22,7 +22,6 @@ from envs.types import Task
 from rlrestore.checkpoint import load_tensors, new_checkpoint, retain, save_tensors
 from rlrestore.config import FinetuneConfig, OptimiserConfig, config_hash
 from rlrestore.diffusion.sampling import Chain, sample
-from rlrestore.diffusion.schedules import time_schedule
 from rlrestore.log import RunLog
 from rlrestore.lr import cosine_factor, wsd_factor
 from rlrestore.optimiser import Ema, adamw, load_optimiser_tensors, optimiser_tensors, set_lr
@@ -169,11 +168,11 @@ def _batches(env: Env, options: OptimiserConfig, first: int, last: int) -> Itera
 def _evaluate(restorer: Restorer, tasks: list[Task], config: FinetuneConfig, log: RunLog, step: int) -> None:
     """PSNR (RGB) of the LQ, of single samples and of their mean on held-out photos, and a grid to look at."""
     options = config.evaluate
-    chain = Chain(times=tuple(time_schedule(options.steps).tolist()))
     psnrs: dict[str, list[Tensor]] = {"lq": [], "sample": [], "mean_of_samples": []}
     rows = []
     for index, task in enumerate(tasks):
         condition = restorer.condition(task.lq[None]).repeat(options.samples)
+        chain = Chain(times=tuple(restorer.times(options.steps, (task.lq.shape[-2], task.lq.shape[-1]))))
         seeds = [derive_seed(config.run.seed, "finetune-eval", index, k) for k in range(options.samples)]
         z_0, _ = sample(restorer, condition, seeds, chain)
         images = restorer.decode(z_0, condition)

@@ -7,7 +7,6 @@ current weights. A collective method is called on every rank with the same argum
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -58,15 +57,19 @@ class Learner:
         self.micro_batch, self.max_staleness = micro_batch, max_staleness
         self.regularise = regularise or RegulariseConfig()
         network = restorer.denoiser
-        names = set(select_trainable(network, trainable))
+        names = set(select_trainable(network, trainable or restorer.trainable))
         # Copies are made before the engine may partition the network. All dicts of weights hold the trainable ones only:
         # the others are the same everywhere.
         self.base = {name: value.detach().clone() for name, value in network.named_parameters() if name in names}
-        self.frozen = {name: value.detach().clone() for name, value in network.named_parameters() if name not in names}
-        self.scratch = copy.deepcopy(network).requires_grad_(False)  # evaluation weights are swapped in here
-        self.old = copy.deepcopy(network).requires_grad_(False) if algorithm.needs.old_policy else None
+        self.frozen = {
+            name: value.detach().clone()
+            for name, value in network.named_parameters()
+            if name not in names and restorer.saves_frozen
+        }
+        self.scratch = restorer.twin("scratch")  # evaluation weights are swapped in here
+        self.old = restorer.twin("old") if algorithm.needs.old_policy else None
         needs_reference = algorithm.needs.reference or self.regularise.asks_reference
-        self.reference = copy.deepcopy(network).requires_grad_(False) if needs_reference else None
+        self.reference = restorer.twin("reference") if needs_reference else None
         self.engine = make_engine(network)
         self.ema = Ema(self.engine.full_parameters())
         self.old_shadow = Ema(self.engine.full_parameters()) if self.old is not None else None

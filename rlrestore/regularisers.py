@@ -49,8 +49,9 @@ def _supervised_N(policies: Policies, batch: Batch, point: Point) -> Tensor:
     z_0 = policies.restorer.encode(images, batch.condition).clamp(-8, 8)
     seeds = [derive_seed(point.seed, "supervised", point.position, row.group, row.member) for row in batch.rows_B]
     eps, generators = seeded_noise(seeds, tuple(z_0.shape[1:]))
-    eps = eps.to(z_0.device)
-    t_B = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(z_0.device)
+    eps = policies.restorer.endpoint(eps.to(z_0.device), batch.condition)
+    times = [policies.restorer.training_time(float(torch.rand((), generator=generator))) for generator in generators]
+    t_B = torch.tensor(times, device=z_0.device)
     t = t_B.view(-1, *[1] * (z_0.ndim - 1))
     v = policies.velocity((1 - t) * z_0 + t * eps, t_B, batch.condition)
     return velocity_mse_N(v, eps - z_0) * known

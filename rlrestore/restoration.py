@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from rlrestore.diffusion.kernels import ode_step
-from rlrestore.diffusion.schedules import time_schedule
 from rlrestore.restorers.base import Restorer
 from rlrestore.rollout import to_pixels
 from rlrestore.seeds import derive_seed
@@ -68,7 +67,7 @@ def restore_pixels(
     tops, lefts = tiles(rows, tile, overlap), tiles(columns, tile, overlap)
     weight_y, weight_x = blend_weights(rows, tile, overlap), blend_weights(columns, tile, overlap)
     tile_h, tile_w = min(tile, rows), min(tile, columns)
-    times = time_schedule(steps).tolist()
+    times = restorer.times(steps, (tile_h, tile_w))
     result = np.empty_like(padded)
     band = torch.zeros(3, tile_h, columns)
     for iy, top in enumerate(tops):
@@ -128,6 +127,7 @@ def _restore_tile(restorer: Restorer, lq_hw3: np.ndarray, left: int, noise: Nois
         members = range(first, min(first + together, noise.members))
         z = torch.stack([noise.crop(member, left, shape, height // shape[1]) for member in members]).to(device)
         condition = encoded.repeat(len(members))
+        z = restorer.start(z, times[0], condition)
         for t, t_next in pairwise(times):
             v = restorer.velocity(z, torch.full((len(members),), t, device=device), condition)
             z = ode_step(z, v, t, t_next)

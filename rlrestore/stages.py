@@ -22,9 +22,13 @@ from rlrestore.seeds import derive_seed
 from rlrestore.types import Chunk, Images, Row, UpdateReport, UpdateRequest, plan_updates
 
 
+def chain_times(config: SamplingConfig) -> tuple[float, ...]:
+    return config.times or tuple(time_schedule(config.steps, config.shift).tolist())
+
+
 def rollout_chain(config: SamplingConfig, seed: int, iteration: int, algorithm: Algorithm) -> Chain:
     """The chain of this iteration's rollouts; all samples share one window, a function of (seed, iteration)."""
-    times = tuple(time_schedule(config.steps, config.shift).tolist())
+    times = chain_times(config)
     if not algorithm.needs.trajectory:
         kept = algorithm.kept_steps(config.steps, derive_seed(seed, "window", iteration))
         return Chain(times, window=kept, solver=config.solver)
@@ -37,7 +41,7 @@ def rollout_chain(config: SamplingConfig, seed: int, iteration: int, algorithm: 
 
 def evaluation_chain(config: SamplingConfig) -> Chain:
     """Always the ODE, on the times and with the solver of training."""
-    return Chain(tuple(time_schedule(config.steps, config.shift).tolist()), solver=config.solver)
+    return Chain(chain_times(config), solver=config.solver)
 
 
 def make_chunks(

@@ -89,7 +89,7 @@ class RolloutWorker:
 
         self.sampler = Sampler(build_restorer(restorer).to(best_device()))
         self.network = self.sampler.restorer.denoiser
-        self.names = select_trainable(self.network, trainable)
+        self.names = select_trainable(self.network, trainable or self.sampler.restorer.trainable)
         self.network.requires_grad_(False)
         self.version, self.weights_sha = -1, ""
 

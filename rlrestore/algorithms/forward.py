@@ -80,9 +80,11 @@ class ForwardAlgorithm(Algorithm):
         return [Point(float(t.float()), -1, derive_seed(seed, "forward-point", index)) for index, t in enumerate(times)]
 
     def loss(self, policies: Policies, batch: Batch, point: Point) -> Loss:
-        eps = self._noise(batch, point)
-        t_B = torch.full((len(eps),), point.t, device=eps.device)
-        z_t = (1 - point.t) * batch.z_0 + point.t * eps
+        restorer = policies.restorer
+        eps = restorer.endpoint(self._noise(batch, point), batch.condition)
+        t = restorer.training_time(point.t)
+        t_B = torch.full((len(eps),), t, device=eps.device)
+        z_t = (1 - t) * batch.z_0 + t * eps
         v = policies.velocity(z_t, t_B, batch.condition)
         v_reference = policies.reference_velocity(z_t, t_B, batch.condition) if self.needs.reference else None
         noised = Noised(z_t, t_B, eps - batch.z_0, v, v_reference)

@@ -90,7 +90,7 @@ def sample(
     noise, generators = seeded_noise(seeds, restorer.latent_shape(condition))  # on the CPU: the same on every machine
     if temperatures is not None:
         noise = noise * torch.tensor(temperatures, dtype=torch.float32).view(-1, *[1] * (noise.ndim - 1))
-    z = noise.to(device)
+    z = restorer.start(noise.to(device), chain.times[0], condition)
     before, after, means, logps = [], [], [], []
     solver = OdeSolver(chain.solver)
     for index in range(chain.evaluations):

@@ -6,6 +6,7 @@ State `z_t = (1 - t) z_0 + t eps`, `eps ~ N(0, I)`, t in [0, 1] with 1 = noise; 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+
+from rlrestore.diffusion.schedules import time_schedule
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class Restorer(ABC):
 
     denoiser: nn.Module
     multiple: int  # photo sides are padded to a multiple of this inside `condition`
+    t_max: float = 1.0  # where sampling starts: below 1 for variance-preserving models
+    one_step: bool = False  # no schedule and no density: the network is defined at t = 1 alone
+    trainable: tuple[str, ...] = ()  # patterns of the denoiser's parameters that training moves; () is all
+    saves_frozen: bool = True  # whether `save` wants the denoiser's frozen parameters beside the trained ones
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +85,22 @@ class Restorer(ABC):
     def latent_shape(self, condition: Condition) -> tuple[int, ...]:
         """Shape of one sample's latent, without the batch axis."""
 
+    def times(self, steps: int, size: tuple[int, int]) -> list[float]:
+        """The family's own schedule for photos of this size: steps + 1 falling times, the last one 0."""
+        return time_schedule(steps, t_max=self.t_max).tolist()
+
+    def endpoint(self, noise: Tensor, condition: Condition) -> Tensor:
+        """What lies at t = 1 of the path that `noise` [B, *latent] stands for: the noise itself."""
+        return noise
+
+    def start(self, noise: Tensor, t: float, condition: Condition) -> Tensor:
+        """The state at the first time of a schedule."""
+        return self.endpoint(noise, condition)
+
+    def training_time(self, t: float) -> float:
+        """Where in the model's own range of times a forward-process point t in (0, 1] lies."""
+        return t * self.t_max
+
     @abstractmethod
     def velocity(self, z_t: Tensor, t_B: Tensor, condition: Condition, net: nn.Module | None = None) -> Tensor:
         """v = eps - z_0 at [B, *latent] for times [B] float32; float32 out."""
@@ -89,6 +112,13 @@ class Restorer(ABC):
     @abstractmethod
     def encode(self, image_BCHW: Tensor, condition: Condition) -> Tensor:
         """Photos [B, 3, H, W] in [0, 1] -> latent z_0; the inverse of decode up to its clamp."""
+
+    def twin(self, role: str) -> nn.Module:
+        """Another frozen policy that starts as the denoiser is, for `role` scratch | old | reference.
+
+        Its named parameters include those that training moves. Here a whole copy.
+        """
+        return copy.deepcopy(self.denoiser).requires_grad_(False)
 
     def supervised_modules(self) -> dict[str, nn.Module]:
         """Networks that `rlrestore finetune` trains, by name."""
@@ -106,7 +136,8 @@ class Restorer(ABC):
         return loss_B.mean(), {"flow": float(loss_B.detach().mean())}
 
     def flow_matching_error(self, z_0: Tensor, condition: Condition, t_B: Tensor, generator: torch.Generator) -> Tensor:
-        eps = torch.randn(z_0.shape, generator=generator).to(z_0.device)
+        eps = self.endpoint(torch.randn(z_0.shape, generator=generator).to(z_0.device), condition)
+        t_B = torch.tensor([self.training_time(t) for t in t_B.tolist()], device=z_0.device)
         t = t_B.view(-1, *[1] * (z_0.ndim - 1))
         v = self.velocity((1 - t) * z_0 + t * eps, t_B, condition)
         return (v - (eps - z_0)).square().flatten(1).mean(1)

@@ -68,7 +68,10 @@ def supervised(velocity: Any, point: Point = POINT) -> Tensor:
         condition=None, z_0=torch.zeros(3, 3, 8, 8), tasks_B=(with_gt, with_gt, without),
         rows_B=(Row(0, 0, 1), Row(0, 1, 2), Row(1, 0, 3)),
     )  # fmt: skip
-    policies: Any = SimpleNamespace(restorer=SimpleNamespace(encode=lambda image, condition: image), velocity=velocity)
+    restorer = SimpleNamespace(
+        encode=lambda image, condition: image, endpoint=lambda noise, condition: noise, training_time=lambda t: t
+    )
+    policies: Any = SimpleNamespace(restorer=restorer, velocity=velocity)
     return penalties(RegulariseConfig(supervised=2.0), policies, batch, point, visit(torch.ones(3, 3, 8, 8), 0.5))[
         "supervised"
     ][1]

@@ -1,0 +1,144 @@
+"""LoRA on the families: what a step moves, what copies of the policy are, and that sampling and training agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlrestore.build import RESTORERS, build_crew, check_parts
+from rlrestore.crew import LocalCrew, StageTimes
+from rlrestore.diffusion.sampling import Chain, sample
+from rlrestore.restorers.lora import matched_modules
+from rlrestore.types import UpdateReport
+from tests.tiny import iterate
+from tests.tiny_pipelines import family_config
+
+IDENTITY = 1e-5
+MULTI_STEP = sorted(set(RESTORERS) - {"embedded", "one_step"})
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+def one_iteration(
+    folder: Path, kind: str, algorithm: str, overrides: tuple[str, ...] = ()
+) -> tuple[LocalCrew, dict[str, Tensor], list[UpdateReport]]:
+    """(crew after an iteration, every parameter and buffer before it, reports)."""
+    config = family_config(folder, kind, algorithm, overrides)
+    env = check_parts(config)
+    crew = build_crew(config, StageTimes())
+    assert isinstance(crew, LocalCrew)
+    before = {name: value.clone() for name, value in everything(crew).items()}
+    _, reports = iterate(crew, config, env, crew.learner.algorithm.needs.trajectory, 1, 0)
+    return crew, before, reports
+
+
+def everything(crew: LocalCrew) -> dict[str, Tensor]:
+    restorer = crew.learner.restorer
+    return {**restorer.denoiser.state_dict(), **{f"vae.{k}": v for k, v in restorer.vae.state_dict().items()}}
+
+
+def moved(crew: LocalCrew, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, value in everything(crew).items() if not torch.equal(value, before[name])}
+
+
+@pytest.mark.parametrize("kind", MULTI_STEP)
+def test_grpo_moves_the_adapter_alone_and_is_on_policy(folder: Path, kind: str) -> None:
+    crew, before, reports = one_iteration(folder, kind, "grpo")
+    assert reports[0].maxima["ratio_deviation_max_on_policy"] < IDENTITY
+    assert reports[0].grad_norms[0] > 0
+    # B is 0 at the start, so A has no gradient in the first step and B has; but for the last block's text stream, whose
+    # queries and output no picture depends on
+    adapter = {name for name in before if ".lora_B.default." in name}
+    assert moved(crew, before) <= adapter
+    assert all("add_q_proj" in name or "to_add_out" in name for name in adapter - moved(crew, before))
+    assert set(crew.learner.weights("current")) == {name for name in before if ".lora_" in name and ".default." in name}
+
+
+@pytest.mark.parametrize("kind", ["flux_kontext", "one_step", "sd_controlnet"])
+def test_nft_moves_the_adapter_and_its_slow_copy(folder: Path, kind: str) -> None:
+    crew, before, reports = one_iteration(folder, kind, "nft")
+    assert reports[0].grad_norms[0] > 0
+    current = {name for name in before if ".lora_B.default." in name}
+    assert moved(crew, before) == current | {name.replace("default", "old") for name in current}
+
+
+def test_dpo_with_a_reference_adapter(folder: Path) -> None:
+    crew, before, reports = one_iteration(folder, "sd_controlnet", "dpo")
+    assert reports[0].grad_norms[0] > 0
+    assert moved(crew, before) == {name for name in before if ".lora_B.default." in name}
+    assert any(".reference." in name for name in before)
+
+
+def test_copies_are_adapters_of_one_network(folder: Path) -> None:
+    """Each policy answers with its own adapter, whatever was asked before, and flags of training stay as they are."""
+    crew, _, _ = one_iteration(folder, "flux_kontext", "nft", ("regularise.velocity=0.1",))
+    learner, restorer = crew.learner, crew.learner.restorer
+    size = sum(p.numel() for p in learner.scratch.parameters())
+    assert size == sum(value.numel() for value in learner.base.values())
+    assert learner.scratch.network is learner.old.network is learner.reference.network is restorer.denoiser
+    condition = restorer.condition(torch.rand(1, 3, 32, 32))
+    z, t_B = torch.randn(1, *restorer.latent_shape(condition)), torch.tensor([0.5])
+    with torch.no_grad():
+        for parameter in learner.scratch.parameters():
+            parameter.add_(0.1)
+        answers = [
+            restorer.velocity(z, t_B, condition, net)
+            for net in (None, learner.scratch, learner.reference, None, learner.scratch)
+        ]
+    assert torch.equal(answers[0], answers[3]) and torch.equal(answers[1], answers[4])
+    assert not torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
+    assert {n for n, p in restorer.denoiser.named_parameters() if p.requires_grad} == set(learner.base)
+    assert all(".default." in name for name in learner.base)
+
+
+def test_the_reference_is_the_network_without_its_adapter(folder: Path) -> None:
+    """B = 0 at the start: the copied adapter and the bare network are one policy."""
+    crew, _, _ = one_iteration(folder, "sd3_controlnet", "grpo", ("regularise.velocity=0.1",))
+    restorer = crew.learner.restorer
+    condition = restorer.condition(torch.rand(1, 3, 32, 32))
+    z, t_B = torch.randn(1, *restorer.latent_shape(condition)), torch.tensor([0.5])
+    with torch.no_grad():
+        reference = restorer.velocity(z, t_B, condition, crew.learner.reference)
+        restorer.denoiser.transformer.disable_adapters()
+        assert torch.equal(reference, restorer.velocity(z, t_B, condition))
+
+
+def test_checkpointing_changes_nothing(folder: Path) -> None:
+    plain = one_iteration(folder, "flux_kontext", "grpo")[0]
+    thrifty = one_iteration(folder, "flux_kontext", "grpo", ("restorer.checkpointing=true",))[0]
+    assert thrifty.learner.restorer.denoiser.transformer.is_gradient_checkpointing
+    for name, value in plain.learner.weights("current").items():
+        assert torch.equal(value, thrifty.learner.weights("current")[name]), name
+
+
+def test_a_saved_adapter_is_opened_again(folder: Path, tmp_path: Path) -> None:
+    crew, _, _ = one_iteration(folder, "flux_kontext", "grpo")
+    learner = crew.learner
+    learner.export(tmp_path / "saved", "current")
+    kind = learner.restorer.kind
+    config = family_config(folder, kind, "grpo", (f"restorer.weights={tmp_path / 'saved'}", "restorer.lora_rank=7"))
+    again = build_crew(config, StageTimes()).learner.restorer
+    assert again.config.lora_rank == 2  # the folder brings its own config
+    condition = again.condition(torch.rand(1, 3, 32, 32))
+    chain = Chain(tuple(again.times(2, (32, 32))))
+    ours, theirs = (sample(restorer, condition, [3], chain)[0] for restorer in (learner.restorer, again))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_target_that_matches_nothing_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="no linear or convolution layer is called 'to_qq'"):
+        one_iteration(folder, "flux_kontext", "grpo", ("restorer.lora_targets=[to_q, to_qq]",))
+
+
+def test_targets_are_ends_of_names() -> None:
+    net = torch.nn.ModuleDict(
+        {"attn": torch.nn.ModuleDict({"to_q": torch.nn.Linear(2, 2)}), "to_q_norm": torch.nn.Linear(2, 2)}
+    )
+    assert matched_modules(net, ["to_q"]) == ["attn.to_q"]
+    assert matched_modules(net, [r"attn\.to_\w"]) == ["attn.to_q"]
