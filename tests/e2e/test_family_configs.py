@@ -46,5 +46,5 @@ def test_the_twin_of_a_config_runs(config: Path, tmp_path: Path) -> None:
     assert (tiny.algorithm, tiny.sampling, tiny.regularise) == (real.algorithm, real.sampling, real.regularise)
     env = check_parts(tiny)
     crew = build_crew(tiny, StageTimes())
-    _, reports = iterate(crew, tiny, env, crew.learner.algorithm.needs.trajectory, crew.learner.algorithm.updates, 0)
+    _, reports = iterate(crew, tiny, env, 0)
     assert len(reports[0].grad_norms) == crew.learner.algorithm.updates and min(reports[0].grad_norms) > 0

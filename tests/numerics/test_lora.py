@@ -34,7 +34,7 @@ def one_iteration(
     crew = build_crew(config, StageTimes())
     assert isinstance(crew, LocalCrew)
     before = {name: value.clone() for name, value in everything(crew).items()}
-    _, reports = iterate(crew, config, env, crew.learner.algorithm.needs.trajectory, 1, 0)
+    _, reports = iterate(crew, config, env, 0)
     return crew, before, reports
 
 
