@@ -33,6 +33,7 @@ from rlrestore.config import (
     typed,
 )
 from rlrestore.crew import Crew, LocalCrew, StageTimes
+from rlrestore.curriculum import Curriculum
 from rlrestore.diffusion.kernels import DRIFT_KERNELS, KERNELS
 from rlrestore.diffusion.solvers import SOLVERS
 from rlrestore.engine.base import Engine, EngineOptions
@@ -135,6 +136,9 @@ def _check_numbers(config: TrainConfig) -> None:
             (f"regularise.{key}", weight, weight >= 0, "0 or positive")
             for key, weight in vars(config.regularise).items()
         ),
+        ("curriculum.candidates", config.curriculum.candidates, config.curriculum.candidates >= 1, "at least 1 (off)"),
+        ("curriculum.memory", config.curriculum.memory, 0 <= config.curriculum.memory < 1, "in [0, 1)"),
+        ("curriculum.floor", config.curriculum.floor, 0 < config.curriculum.floor <= 1, "in (0, 1]"),
         ("credit.history", config.credit.history, config.credit.history >= 2, "at least 2, e.g. 16"),
         ("credit.clamp", config.credit.clamp, config.credit.clamp > 0, "positive, e.g. 5"),
         ("engine.lr", engine.lr, engine.lr > 0, "positive, e.g. 1e-4"),
@@ -376,6 +380,7 @@ def build_run(config: TrainConfig, folder: RunDir, env: Env) -> Run:
     budget = FailureBudget(
         config.reward_budget.max_fraction, config.reward_budget.window, config.reward_budget.min_scores
     )
+    curriculum = Curriculum(config.curriculum, config.run.seed)
     history = RewardHistory(config.credit.history) if config.credit.baseline == "history" else None
     crew = build_crew(config, times)
     try:
@@ -394,6 +399,7 @@ def build_run(config: TrainConfig, folder: RunDir, env: Env) -> Run:
             budget,
             times,
             build_algorithm(config.algorithm),
+            curriculum,
             history,
         )
         resume(run)

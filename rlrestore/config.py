@@ -84,6 +84,15 @@ class CreditConfig:
 
 
 @dataclass
+class CurriculumConfig:
+    """Which of the drawn tasks are trained on (`curriculum.py`)."""
+
+    candidates: int = 1  # tasks drawn for each that is kept; 1 keeps all
+    memory: float = 0.8  # of the running mean of a photo's in-group spread
+    floor: float = 0.2  # least weight of a photo, the average one's being 1
+
+
+@dataclass
 class RegulariseConfig:
     """Weights of what keeps the policy near its start (`regularisers.py`); 0 switches a penalty off."""
 
@@ -176,6 +185,7 @@ class TrainConfig:
     rewards: dict[str, TermConfig]
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
     regularise: RegulariseConfig = field(default_factory=RegulariseConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

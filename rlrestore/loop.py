@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from envs.base import Env
+from envs.types import Task
 from rewards.rubric import FailureBudget, Rubric, RubricScores
 from rlrestore.algorithms.base import Algorithm
 from rlrestore.checkpoint import new_checkpoint, read_json, retain, write_json_atomic
@@ -21,6 +22,7 @@ from rlrestore.clock import Clock, bare_seconds
 from rlrestore.config import TrainConfig, config_hash
 from rlrestore.credit import Credit
 from rlrestore.crew import Crew, Scored, StageTimes
+from rlrestore.curriculum import Curriculum
 from rlrestore.evaluate import Evaluation, Measured, MetricRow, compare
 from rlrestore.history import RewardHistory
 from rlrestore.log import RunLog
@@ -52,6 +54,7 @@ class Run:
     budget: FailureBudget
     times: StageTimes
     algorithm: Algorithm  # what it needs and where it trains; the learners have their own
+    curriculum: Curriculum
     history: RewardHistory | None = None  # of `credit.baseline: history`
     first: int = 0  # iterations done before this process
     seconds_before: float = 0.0  # that earlier processes spent
@@ -71,7 +74,7 @@ def train(run: Run) -> dict[str, MetricRow]:
     with tqdm(total=config.run.steps, initial=run.first, desc=config.run.name, unit="it", smoothing=0.1) as progress:
         for iteration in range(run.first, config.run.steps):
             clock.start()
-            tasks = run.env.draw(iteration, groups)
+            tasks = run.curriculum.draw(run.env, iteration, groups)
             chain = rollout_chain(config.sampling, seed, iteration, run.algorithm)
             chunks = make_chunks(
                 tasks,
@@ -84,6 +87,7 @@ def train(run: Run) -> dict[str, MetricRow]:
             rollouts = list(crew.roll_out(chunks, chain))
             scores = combine(rollouts, run.rubric)
             _spend_budget(run.budget, rollouts)
+            run.curriculum.learn(tasks, scores)
             credit = assign_credit(
                 scores, config.credit, groups, seed, iteration, run.history, [task.photo for task in tasks]
             )
@@ -94,7 +98,7 @@ def train(run: Run) -> dict[str, MetricRow]:
             crew.publish()
 
             done = iteration + 1
-            _report(run, done, scores, credit, reports, rollouts, clock)
+            _report(run, done, tasks, scores, credit, reports, rollouts, clock)
             _show(progress, scores)
             if _due(done, config.evaluate.every) and done < config.run.steps:
                 _evaluate(run, base, done)
@@ -133,6 +137,7 @@ def _spend_budget(budget: FailureBudget, rollouts: list[Scored]) -> None:
 def _report(
     run: Run,
     done: int,
+    tasks: list[Task],
     scores: RubricScores,
     credit: Credit,
     reports: list[UpdateReport],
@@ -144,6 +149,7 @@ def _report(
         done,
         {
             **reward_metrics(scores, run.config.rollout.groups),
+            **run.curriculum.metrics(tasks),
             **{f"group/{name}": value for name, value in credit.stats.items()},
             **policy_metrics(reports),
             **cost_metrics(images, reports, len(scores.valid_N)),
@@ -191,6 +197,7 @@ def _save(run: Run, done: int, clock: Clock) -> None:
             {
                 "iteration": done,
                 "budget": run.budget.state_dict(),
+                "curriculum": run.curriculum.state_dict(),
                 "history": run.history and run.history.state_dict(),
                 "seconds": clock.total_s(),
             },
@@ -208,6 +215,7 @@ def resume(run: Run) -> None:
     state = read_json(folder / "loop.json")
     run.first, run.seconds_before = state["iteration"], state["seconds"]
     run.budget.load_state_dict(state["budget"])
+    run.curriculum.load_state_dict(state["curriculum"])
     if run.history is not None:
         run.history.load_state_dict(state["history"])
 

@@ -29,7 +29,11 @@ from rlrestore.log import CLOCK_PREFIXES, comparable, read_metrics
 from tests.tiny import write_tiny
 
 OPTIONS = ["run.steps=6", "checkpoint.every=3", "evaluate.every=2", "evaluate.tasks=2"]
-REMEMBERS = ["credit.baseline=history", "credit.history=8"]  # a loop with a memory of its own
+REMEMBERS = [
+    "credit.baseline=history",
+    "credit.history=8",
+    "curriculum.candidates=2",
+]  # a loop with a memory of its own
 LIMIT_S = 600
 USAGE = 64
 
