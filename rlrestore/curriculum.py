@@ -8,6 +8,7 @@ stay possible, because a policy may lose what it had.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ class Curriculum:
             return {}
         return {
             "curriculum/photos_known": float(len(self.spread)),
-            "curriculum/weight_mean": sum(self._weight(task) for task in tasks) / len(tasks),
+            "curriculum/weight_mean": math.fsum(self._weight(task) for task in tasks) / len(tasks),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,7 +64,7 @@ class Curriculum:
 
     def _weight(self, task: Task) -> float:
         """Spread of its photo over the average photo's, at least `floor`; 1 for a photo not seen yet."""
-        average = sum(self.spread.values()) / max(1, len(self.spread))
+        average = math.fsum(self.spread.values()) / max(1, len(self.spread))  # whatever their order: files sort it
         if task.photo not in self.spread or average == 0:
             return 1.0
         return max(self.config.floor, self.spread[task.photo] / average)

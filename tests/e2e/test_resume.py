@@ -147,7 +147,8 @@ def test_a_killed_run_continues_bit_for_bit(straight: Callable[[str], Any], algo
     after: dict[int, list[str]] = {}
     with recorded_draws(after):
         assert run_cli("train", config, *options) == 0
-    assert {3, 4, 5} <= after.keys() and all(draws[step] == ids for step, ids in after.items())
+    assert all(draws[step] == after[step] for step in (3, 4, 5))
+    assert all(draws[step][: len(ids)] == ids for step, ids in after.items())  # the start draws less of step 0
     files = checkpoint_files(run)
     kept = {"ema.safetensors", "base.safetensors", "engine/parameters.safetensors", "engine/optimiser.safetensors"}
     assert kept | ({"old.safetensors"} if algorithm == "nft" else set()) <= files.keys()
