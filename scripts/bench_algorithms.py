@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import matplotlib
@@ -104,16 +104,32 @@ def finished(jobs: Sequence[Job], out: Path) -> dict[tuple[str, bool], list[Path
     return found
 
 
+def share_of_ddpo(curves: Sequence[Curve], ddpo: Sequence[Curve]) -> str:
+    """Time to the held-out mix that ddpo ends with, over ddpo's whole time: of the mean curves, straight between points."""
+    if not ddpo:
+        return ""
+    goal = statistics.fmean(c.mix[-1] for c in ddpo)
+    whole = statistics.fmean(c.seconds[-1] for c in ddpo)
+    seconds = [statistics.fmean(column) for column in zip(*(c.seconds for c in curves), strict=True)]
+    mix = [statistics.fmean(column) for column in zip(*(c.mix for c in curves), strict=True)]
+    for (s, m), (s_next, m_next) in pairwise(zip(seconds, mix, strict=True)):
+        if m_next >= goal > m:
+            return f"{(s + (s_next - s) * (goal - m) / (m_next - m)) / whole:.2f}"
+    return "0.00" if mix[0] >= goal else "not reached"
+
+
 def table(runs: dict[tuple[str, bool], list[Path]], images: int) -> str:
-    head = ["algorithm", "seeds", *(f"{name}" for name in COLUMNS), "s an iteration"]
+    head = ["algorithm", "seeds", *COLUMNS, "s an iteration", "time to ddpo's end, of ddpo's"]
+    ddpo = [curve(folder, images) for folder in runs.get(("ddpo", False), [])]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for (name, control), folders in runs.items():
         results = [json.loads((folder / "result.json").read_text())["metrics"] for folder in folders]
         deltas = [interval([result[column]["delta"] for result in results]) for column in COLUMNS]
         curves = [curve(folder, images) for folder in folders]
         pace = statistics.median(c.seconds[-1] / c.images[-1] * images for c in curves)
+        reached = "" if control or name in DIRECT else share_of_ddpo(curves, ddpo)
         label = f"`{name}`" + (" shuffled" if control else "") + (" (its own mix)" if name in DIRECT else "")
-        lines.append(f"| {' | '.join([label, str(len(folders)), *deltas, f'{pace:.1f}'])} |")
+        lines.append(f"| {' | '.join([label, str(len(folders)), *deltas, f'{pace:.1f}', reached])} |")
     return "\n".join(lines)
 
 
