@@ -15,6 +15,7 @@ from torch import nn
 
 from envs.base import Env
 from envs.registry import ENVS
+from envs.types import Task
 from rewards.base import Reward
 from rewards.registry import build_reward
 from rewards.rubric import FailureBudget, Rubric, TermConfig
@@ -244,6 +245,11 @@ def build_env(plugin: Plugin) -> Env:
     return _user_errors(lambda: env_class(plugin.config), "env")  # type: ignore[call-arg]
 
 
+def first_draw(env: Env, n: int) -> list[Task]:
+    """The n tasks of the first step, drawn early: what a config asks of its data and cannot get is said at the start."""
+    return _user_errors(lambda: env.draw(0, n), "env")
+
+
 def build_restorer(plugin: Plugin) -> Restorer:
     _, restorer_class = RESTORERS[plugin.kind]
     return _user_errors(lambda: restorer_class(plugin.config), "restorer")  # type: ignore[call-arg]
@@ -364,7 +370,7 @@ def check_parts(config: TrainConfig) -> Env:
         build_term(term)
     check_needs(Rubric(list(config.rewards.values())), env, "rewards:")
     check_needs(Rubric(list(all_terms(config).values())), env, "evaluate.gold:")
-    size = env.draw(0, 1)[0].lq.shape[-2:]
+    size = first_draw(env, config.rollout.groups)[0].lq.shape[-2:]
     if any(side % restorer.multiple for side in size):
         raise ConfigError(
             f"env tasks are {size[0]}x{size[1]} px and the restorer works in multiples of {restorer.multiple}: choose another env.size"
