@@ -61,6 +61,13 @@ def data_app(guard: Callable[[Callable[[], None]], None]) -> typer.Typer:
         guard(lambda: void(run_build(config, overrides or [])))
 
     @app.command()
+    def compare(config: Config, overrides: Overrides = None) -> None:
+        """Providers against each other on the same photos: measurements, rewards, a VLM's duels, a ranking."""
+        from rlrestore.commands.data_compare import run_compare
+
+        guard(lambda: void(run_compare(config, overrides or [])))
+
+    @app.command()
     def review(
         config: Config,
         overrides: Overrides = None,

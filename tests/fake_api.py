@@ -41,8 +41,8 @@ class FakeApi(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()  # by kind
         self.answered: Counter[str] = Counter()  # successes by key
         self.seen: Counter[str] = Counter()  # by key
-        self.prompts: list[str] = []
         self.delay_s = 0.0
+        self.tell_model = False  # the script's text of an edit is then "model=M PROMPT"
 
     @property
     def url(self) -> str:
@@ -76,8 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(401, b'{"error": "bad key"}')
             return
         pictures, text = (_multipart if kind == "edit" else _chat)(self.headers["Content-Type"], body)
-        if kind == "edit":
-            self.server.prompts.append(text)
+        if kind == "edit" and not self.server.tell_model:
+            text = text.split(" ", 1)[1]
         time.sleep(self.server.delay_s)
         try:
             answer = self.server.script(kind, pictures, text, times)
@@ -123,7 +123,7 @@ def _multipart(kind: str, body: bytes) -> tuple[list[np.ndarray], str]:
         part.get_param("name", header="content-disposition"): part.get_payload(decode=True)
         for part in message.iter_parts()
     }
-    return [_pixels(parts["image"])], parts["prompt"].decode()
+    return [_pixels(parts["image"])], f"model={parts['model'].decode()} {parts['prompt'].decode()}"
 
 
 def _chat(kind: str, body: bytes) -> tuple[list[np.ndarray], str]:

@@ -349,8 +349,12 @@ def test_there_are_configs() -> None:
 def test_every_shipped_config_loads(config: str) -> None:
     from rlrestore.build import load_finetune_config, load_train_config
     from rlrestore.commands.data_build import load_build_config
+    from rlrestore.commands.data_compare import load_compare_config
 
     sections = yaml.safe_load((ROOT / config).read_text(encoding="utf-8"))
+    if "compare" in sections:
+        assert load_compare_config(ROOT / config, [])[0].compare.name
+        return
     if "build" in sections:
         assert load_build_config(ROOT / config, []).build.name
         return
