@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,9 +27,11 @@ from envs.images import load_rgb
 from envs.inspection import perceptual_hash
 from envs.manifest import ManifestConfig, ManifestEnv
 from envs.photos import wheel_photos
-from envs.pipeline.http import WrongKeyError
+from envs.pipeline.config import ApiSection
+from envs.pipeline.http import Refused, Rejected, Unanswered, WrongKeyError
 from envs.pipeline.ledger import BudgetError
 from envs.pipeline.process import Outcome, png_of
+from envs.pipeline.providers import Vlm
 from envs.pipeline.review import ReviewServer
 from envs.pipeline.store import BuildFolder
 from envs.rng import generator_for
@@ -253,6 +256,29 @@ def test_a_server_that_is_down_defers_and_is_asked_later(lq_folder, world: World
         urls = [f"{part}.url={up.url}" for part in ("assess", "generate", "judge")]
         built = run_build(config, [*overrides, *urls, "build.reviewed=none"])
         assert Counter(item.status for item in built.outcomes.values())["accepted"] >= 4
+
+
+def answer_of(script, retries: int = 1) -> tuple[FakeApi, str]:  # type: ignore[no-untyped-def]
+    """The server after one question, and the error's text."""
+    with serving(script) as api:
+        section = ApiSection(api.url, "m", "FAKE_KEY", 60_000, 0.3, retries)
+        with pytest.raises((Unanswered, Rejected, Refused)) as error:
+            Vlm(section).ask([], "?", 0, "key")
+        return api, f"{type(error.value).__name__}: {error.value}"
+
+
+def test_answers_that_are_none() -> None:
+    slow, text = answer_of(lambda *_: Fault(500, delay_s=1.0))
+    assert slow.requests["chat"] == 2
+    assert re.match(r"Unanswered: .*Timeout.* after at most 0\.3 s, tried 2 times", text), text
+    broken, text = answer_of(lambda *_: Fault(200, "<html>"))
+    assert broken.requests["chat"] == 1  # it may have been charged
+    assert text == "Rejected: the answer is no JSON object"
+    _, text = answer_of(lambda *_: Fault(200, '{"choices": []}'))
+    assert text == "Rejected: the answer holds no message"
+    echo, text = answer_of(lambda *_: Fault(400, f'{{"error": "what is {SECRET}?"}}'))
+    assert echo.requests["chat"] == 1
+    assert SECRET not in text and "what is [key]?" in text
 
 
 def test_photos_that_are_not_sent(lq_folder, world: World, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
