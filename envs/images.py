@@ -40,7 +40,7 @@ def image_files(folder: Path) -> list[Path]:
             if not name.startswith(".") and name[name.rfind(".") :].lower() in SUFFIXES
         ]
     start = len(str(folder))
-    return [path for path in map(Path, sorted(found, key=lambda path: path[start:])) if path.is_file()]
+    return [Path(path) for path in sorted(found, key=lambda path: path[start:])]
 
 
 def open_image(source: Path | IO[bytes], name: str | None = None) -> Image.Image:

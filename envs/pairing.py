@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -44,6 +44,8 @@ class Pair:
 class FolderPair:
     lq: Path
     gt: Path
+    lq_files: dict[str, Path] = field(default_factory=dict, compare=False, repr=False)  # as `stems` gives them
+    gt_files: dict[str, Path] = field(default_factory=dict, compare=False, repr=False)
 
 
 def normalised(name: str) -> str:
@@ -83,7 +85,7 @@ def _search(folder: Path, pairs: list[FolderPair], misses: list[str], depth: int
         lq_names, gt_names = stems(lq_dir), stems(gt_dir)
         shared, most = len(lq_names.keys() & gt_names.keys()), max(len(lq_names), len(gt_names))
         if most and shared >= min_shared * most:
-            found.append(FolderPair(lq_dir, gt_dir))
+            found.append(FolderPair(lq_dir, gt_dir, lq_names, gt_names))
         elif most:
             odd = sorted(lq_names.keys() ^ gt_names.keys())
             misses.append(f"{lq_dir} and {gt_dir} share {shared} of {most} names, not {_listed(odd)}")

@@ -16,6 +16,7 @@ from torch import nn
 
 from envs.base import Env
 from envs.registry import ENVS
+from envs.types import Task
 from rewards.base import Reward
 from rewards.differentiable import DifferentiableMix, not_differentiable
 from rewards.registry import build_reward
@@ -278,6 +279,11 @@ def build_env(plugin: Plugin) -> Env:
     return _user_errors(lambda: env_class(plugin.config), "env")  # type: ignore[call-arg]
 
 
+def first_draw(env: Env, n: int) -> list[Task]:
+    """The n tasks of the first step, drawn early: what a config asks of its data and cannot get is said at the start."""
+    return _user_errors(lambda: env.draw(0, n), "env")
+
+
 def build_restorer(plugin: Plugin) -> Restorer:
     _, restorer_class = RESTORERS[plugin.kind]
     return _user_errors(lambda: restorer_class(plugin.config), "restorer")  # type: ignore[call-arg]
@@ -422,7 +428,7 @@ def check_parts(config: TrainConfig) -> Env:
             f"regularise.supervised={config.regularise.supervised} trains on references and env '{env.name}' has none: set it to 0, or "
             "use an env with references"
         )
-    size = env.draw(0, 1)[0].lq.shape[-2:]
+    size = first_draw(env, config.rollout.groups * config.curriculum.candidates)[0].lq.shape[-2:]
     if any(side % restorer.multiple for side in size):
         raise ConfigError(
             f"env tasks are {size[0]}x{size[1]} px and the restorer works in multiples of {restorer.multiple}: choose another env.size"

@@ -10,7 +10,13 @@ import typer
 
 Source = Annotated[Path, typer.Argument(help="manifest, tar, Parquet, or folder of images (docs/data.md)")]
 Root = Annotated[Path | None, typer.Option(help="what paths in a manifest are relative to; default: its folder")]
+Config = Annotated[Path, typer.Argument(help="YAML file, e.g. configs/data/build.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. budget.cost=5")]
 Overwrite = Annotated[bool, typer.Option(help="replace outputs that exist")]
+
+
+def void(_: object) -> None:
+    """A command has no result."""
 
 
 def data_app(guard: Callable[[Callable[[], None]], None]) -> typer.Typer:
@@ -46,5 +52,31 @@ def data_app(guard: Callable[[Callable[[], None]], None]) -> typer.Typer:
         from rlrestore.commands.data_show import run_show
 
         guard(lambda: run_show(source, root, out, per_type, seed, tensorboard, overwrite))
+
+    @app.command()
+    def build(config: Config, overrides: Overrides = None) -> None:
+        """Pairs from real LQ photos with a generative editor. Stops at its budget, goes on where it was cut off."""
+        from rlrestore.commands.data_build import run_build
+
+        guard(lambda: void(run_build(config, overrides or [])))
+
+    @app.command()
+    def compare(config: Config, overrides: Overrides = None) -> None:
+        """Providers against each other on the same photos: measurements, rewards, a VLM's duels, a ranking."""
+        from rlrestore.commands.data_compare import run_compare
+
+        guard(lambda: void(run_compare(config, overrides or [])))
+
+    @app.command()
+    def review(
+        config: Config,
+        overrides: Overrides = None,
+        port: Annotated[int, typer.Option(help="on 127.0.0.1; 0: any free one")] = 0,
+        reviewer: Annotated[str | None, typer.Option(help="your name in the decisions; default: the user's")] = None,
+    ) -> None:
+        """Decide about the photos of a build on a local web page, by key."""
+        from rlrestore.commands.data_build import run_review
+
+        guard(lambda: run_review(config, overrides or [], port, reviewer))
 
     return app

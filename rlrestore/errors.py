@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from envs.manifest import QuarantineError
+from envs.pipeline.http import WrongKeyError
+from envs.pipeline.ledger import BudgetError
 from rewards.rubric import RewardBudgetError
 from rlrestore.checkpoint import CheckpointError
 from rlrestore.config import ConfigError
@@ -28,10 +30,12 @@ def known_failures() -> tuple[type[Exception], ...]:
     """Failures of a run that explain themselves in one line."""
     return (
         RewardBudgetError,
+        BudgetError,
         NonFiniteError,
         QuarantineError,
         StaleRolloutError,
         SyncError,
         WorkerLostError,
+        WrongKeyError,
         FloatingPointError,
     )

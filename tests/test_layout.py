@@ -351,8 +351,17 @@ def test_there_are_configs() -> None:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_shipped_config_loads(config: str) -> None:
     from rlrestore.build import load_finetune_config, load_train_config
+    from rlrestore.commands.data_build import load_build_config
+    from rlrestore.commands.data_compare import load_compare_config
 
-    trains_by_reward = "algorithm" in yaml.safe_load((ROOT / config).read_text(encoding="utf-8"))
+    sections = yaml.safe_load((ROOT / config).read_text(encoding="utf-8"))
+    if "compare" in sections:
+        assert load_compare_config(ROOT / config, [])[0].compare.name
+        return
+    if "build" in sections:
+        assert load_build_config(ROOT / config, []).build.name
+        return
+    trains_by_reward = "algorithm" in sections
     loaded = (load_train_config if trains_by_reward else load_finetune_config)(ROOT / config)
     assert loaded.run.name, f"{config}: run.name says where the run is written"
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from envs.images import image_files
-from envs.pairing import GT_NAMES, LQ_NAMES, normalised, search_folder_pairs, stems
+from envs.pairing import GT_NAMES, LQ_NAMES, FolderPair, normalised, search_folder_pairs, stems
 from envs.sources.rows import BadRow, Row, inside, split_of_folders, types_of_folders
 
 MIN_SHARED = 0.5  # of the names, for two folders to be a pair; the others are listed as bad rows
@@ -39,7 +39,7 @@ def read_folder(root: Path) -> Iterator[Row | BadRow]:
     yield from (BadRow(str(root), "-", miss) for miss in misses)
     for folders in pairs:
         above = folders.lq.parent.relative_to(root).as_posix()
-        yield from _paired(root, real, folders.lq, folders.gt, "" if above == "." else f"{above}/")
+        yield from _paired(root, real, folders, "" if above == "." else f"{above}/")
 
 
 def _folders(root: Path) -> list[Path]:
@@ -66,7 +66,9 @@ def _by_split_name(root: Path) -> list[Row | BadRow]:
         row
         for split, both in sorted(roles.items())
         if len(both) == 2
-        for row in _paired(root, real, both["lq"], both["gt"], f"{split}/")
+        for row in _paired(
+            root, real, FolderPair(both["lq"], both["gt"], stems(both["lq"]), stems(both["gt"])), f"{split}/"
+        )
     ]
 
 
@@ -103,16 +105,16 @@ def _alone(root: Path) -> Iterator[Row | BadRow]:
         yield _row(root, real, name, path, None)
 
 
-def _paired(root: Path, real: str, lq_dir: Path, gt_dir: Path, prefix: str) -> Iterator[Row | BadRow]:
-    lq_files, gt_files = stems(lq_dir), stems(gt_dir)
-    for name, path in lq_files.items():
+def _paired(root: Path, real: str, folders: FolderPair, prefix: str) -> Iterator[Row | BadRow]:
+    gt_files = dict(folders.gt_files)
+    for name, path in folders.lq_files.items():
         gt = gt_files.pop(name, None)
         if gt is None:
-            yield BadRow(str(lq_dir), prefix + name, f"no file of this name in {gt_dir}")
+            yield BadRow(str(folders.lq), prefix + name, f"no file of this name in {folders.gt}")
         else:
             yield _row(root, real, prefix + name, path, gt)
     for name in gt_files:
-        yield BadRow(str(gt_dir), prefix + name, f"no file of this name in {lq_dir}")
+        yield BadRow(str(folders.gt), prefix + name, f"no file of this name in {folders.lq}")
 
 
 def _row(root: Path, real: str, name: str, lq: Path, gt: Path | None) -> Row | BadRow:

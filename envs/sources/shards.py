@@ -16,7 +16,7 @@ from envs.images import SUFFIXES
 from envs.pairing import GT_NAMES, LQ_NAMES, normalised
 from envs.sources.rows import FIELDS, BadRow, Row, check_id, parse_types, split_of_folders, types_of_folders
 
-MAX_MEMBER = 2**28  # bytes
+MAX_MEMBER, MAX_TEXT = 2**28, 2**20  # bytes of an image, of a .json
 _PICKLES = ("pkl", "pickle", "pyd", "pt", "pth", "npy", "npz")
 _TEXT = tuple(name for name in FIELDS if name not in ("id", "lq", "gt", "types"))
 
@@ -65,8 +65,9 @@ def _refused(member: tarfile.TarInfo) -> str:
         return "is a device: refused"
     if member.sparse is not None:
         return "is a sparse file, whose bytes are not where they seem to be: refused"
-    if member.size > MAX_MEMBER:
-        return f"has {member.size:,} bytes, the limit is {MAX_MEMBER:,}"
+    limit = MAX_TEXT if parts[-1].endswith(".json") else MAX_MEMBER
+    if member.size > limit:
+        return f"has {member.size:,} bytes, the limit is {limit:,}"
     if parts[-1].rsplit(".", 1)[-1].lower() in _PICKLES:
         return "may hold a pickle, which is never opened"
     return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlrestore.build import build_env, build_restorer, load_finetune_config
+from rlrestore.build import build_env, build_restorer, first_draw, load_finetune_config
 from rlrestore.finetune import finetune
 from rlrestore.quiet import quiet
 from rlrestore.rundir import now, open_run, versions
@@ -14,6 +14,7 @@ def run_finetune(config_path: Path, overrides: list[str]) -> None:
     quiet()
     config = load_finetune_config(config_path, overrides)
     env, restorer = build_env(config.env), build_restorer(config.restorer)
+    first_draw(env, config.optimiser.batch)
     folder = open_run(config.run, config)
     try:
         folder.write_config(config)

@@ -369,12 +369,14 @@ def test_what_a_shard_may_not_hold(tmp_path: Path) -> None:
         tar.addfile(*member("device.lq.png", b"", type=tarfile.CHRTYPE))
         tar.addfile(*member("code.pkl", pickle.dumps(print)))
         tar.addfile(*member("half.gt.png", png.getvalue()))
+        tar.addfile(*member("long.json", b" " * (2**20 + 1)))
     index = open_index(tmp_path / "a.tar", cache=tmp_path / "c")
     assert [row.id for row in index] == ["ok"]
     reasons = {item.row: item.reason for item in index.bad}
     for row, words in {
         "../up.lq.png": "leads out", "/abs.lq.png": "leads out", "link.lq.png": "is a link", "hard.lq.png": "is a link",
         "device.lq.png": "is a device", "code.pkl": "pickle, which is never opened", "half": "has no LQ member",
+        "long.json": "the limit is 1,048,576",
     }.items():  # fmt: skip
         assert words in reasons.pop(row), (row, reasons)
     assert not reasons

@@ -1,0 +1,89 @@
+"""Who answers: OpenAI's chat and image-edit APIs over HTTP, and any restorer in this process."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from envs.pipeline.config import ApiSection, GenerateSection
+from envs.pipeline.http import Api, Refused, Rejected
+from envs.pipeline.ledger import Answer
+
+Restore = Callable[[bytes, int], bytes]  # (PNG, seed) -> PNG of the same size
+
+
+class Editor(Protocol):
+    """Edits a picture as it is told."""
+
+    def edit(self, png: bytes, prompt: str, seed: int, key: str) -> Answer:
+        """A picture's bytes, not yet looked at. Refused, Rejected or Unanswered if there is none."""
+        ...
+
+
+class OpenAIEditor:
+    """`POST {url}/images/edits`: multipart with image, prompt, model; the answer has `data[0].b64_json`."""
+
+    def __init__(self, section: GenerateSection) -> None:
+        self._section, self._api = section, make_api(section)
+
+    def edit(self, png: bytes, prompt: str, seed: int, key: str) -> Answer:
+        answer = self._api.post(
+            "images/edits", key, data={"model": self._section.model, "prompt": prompt, "n": "1"},
+            files={"image": ("photo.png", png, "image/png")},
+        )  # fmt: skip
+        try:
+            payload = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
+        except (KeyError, IndexError, TypeError, binascii.Error) as error:
+            raise Refused("the answer holds no picture") from error
+        return Answer(payload, *_usage(answer), str(answer.get("id", "")))
+
+
+class LocalEditor:
+    """A restorer in this process: it does not read the prompt."""
+
+    def __init__(self, restore: Restore) -> None:
+        self._restore = restore
+
+    def edit(self, png: bytes, prompt: str, seed: int, key: str) -> Answer:
+        return Answer(self._restore(png, seed), model="local")
+
+
+class Vlm:
+    """`POST {url}/chat/completions` with pictures as data URLs, at temperature 0."""
+
+    def __init__(self, section: ApiSection) -> None:
+        self._section, self._api = section, make_api(section)
+
+    def ask(self, pngs: Sequence[bytes], text: str, seed: int, key: str) -> Answer:
+        """The reply's text as UTF-8. Rejected if it was cut off."""
+        pictures = [
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(png).decode()}}
+            for png in pngs
+        ]
+        body = {
+            "model": self._section.model, "temperature": 0, "seed": seed, "max_tokens": 1024,
+            "messages": [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}],
+        }  # fmt: skip
+        answer = self._api.post("chat/completions", key, json=body)
+        try:
+            choice = answer["choices"][0]
+            reply = choice["message"]["content"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise Rejected("the answer holds no message") from error
+        if choice.get("finish_reason") == "content_filter" or reply is None:
+            raise Refused("the model gave no reply (content filter)")
+        return Answer(str(reply).encode(), *_usage(answer), str(answer.get("id", "")), str(answer.get("model", "")))
+
+
+def make_api(section: ApiSection) -> Api:
+    return Api(section.url, section.api_key_env, section.requests_per_minute, section.timeout_s, section.retries)
+
+
+def _usage(answer: dict) -> tuple[int, int]:
+    """(tokens in, tokens out) under either of OpenAI's names; 0 where nothing is said."""
+    usage = answer.get("usage") or {}
+    pairs = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
+    first, second = (next((int(usage[name]) for name in names if usage.get(name)), 0) for names in pairs)
+    return first, second

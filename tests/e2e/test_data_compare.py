@@ -1,0 +1,93 @@
+"""`rlrestore data compare` over HTTP: a known order of providers is found, a judge that only looks at places finds none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from envs.pipeline.process import png_of
+from envs.pipeline.ranking import bradley_terry, ranking
+from rlrestore.commands.data_compare import run_compare
+from rlrestore.config import ConfigError
+from tests.fake_api import SECRET, Fault, serving
+from tests.unit.test_manifest import picture
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.7563), (0.1, 1.8103), (1.0, 0.4682)])
+def test_bradley_terry_of_a_perfect_order(alpha: float, beta: float) -> None:
+    # A > B > C once each. B wins and loses as often, so beta_B = 0 and beta_A = -beta_C; the values solve the likelihood
+    # equation of A: 2 + 2 alpha = (1 + 2 alpha) (s(b) + s(2 b)), s the sigmoid.
+    wins = np.array([[0, 1, 1], [0, 0, 1], [0, 0, 0]], dtype=float)
+    np.testing.assert_allclose(bradley_terry(wins, alpha), [beta, 0, -beta], atol=1e-4)
+    sigmoid = 1 / (1 + np.exp(-np.array([beta, 2 * beta])))
+    assert (1 + 2 * alpha) * sigmoid.sum() == pytest.approx(2 + 2 * alpha, abs=1e-3)
+
+
+def test_intervals_hold_the_strength_and_shrink_with_photos() -> None:
+    rng = np.random.default_rng(0)
+    photos = [np.array([[0, w], [1 - w, 0]], dtype=float) for w in rng.random(200) < 0.7]
+    beta, low, high = ranking(photos)
+    few = ranking(photos[:20])
+    assert low[0] < beta[0] < high[0]
+    assert high[0] - low[0] < few[2][0] - few[1][0]
+    assert beta[0] - beta[1] == pytest.approx(np.log(0.7 / 0.3), abs=0.4)
+    assert np.isnan(ranking(photos[:1])[1]).all()
+
+
+def config_for(url: str, source: Path, out: Path) -> Path:
+    path = out / "c.yaml"
+    api = f"url: {url}, api_key_env: FAKE_KEY, requests_per_minute: 60000, retries: 1, price_request: 0.01"
+    providers = "".join(f"  {name}: {{kind: openai, model: {name}, {api}}}\n" for name in ("blurry", "good", "refuses"))
+    path.write_text(
+        f"compare: {{name: c, source: {source}, dir: {out}, photos: 5}}\nproviders:\n{providers}"
+        f"judge: {{model: j, {api}}}\nrewards: {{low_frequency: {{}}, psnr_rgb: {{}}}}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("fair", [True, False])
+def test_a_known_order_is_found(fair: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_KEY", SECRET)
+    source = tmp_path / "lq"
+    source.mkdir()
+    for n in range(6):
+        rough = picture(n, 128, 128) + np.random.default_rng(n).normal(0, 10, (128, 128, 3))
+        Image.fromarray(rough.clip(0, 255).astype(np.uint8)).save(source / f"{n}.png")
+
+    def script(kind: str, pictures: list[np.ndarray], text: str, times: int) -> bytes | str | Fault:
+        if kind == "chat":
+            sharp = [float(np.abs(np.diff(view.astype(float), axis=0)).mean()) for view in pictures[1:]]
+            return json.dumps({"better": "2" if not fair or sharp[0] > sharp[1] else "3"})
+        if "model=refuses" in text:
+            return Fault(400, '{"error": {"code": "moderation_blocked"}}')
+        return png_of(gaussian_filter(pictures[0], (9, 9, 0) if "model=blurry" in text else (1, 1, 0)))
+
+    with serving(script) as api:
+        api.tell_model = True
+        summary = run_compare(config_for(api.url, source, tmp_path), [])
+        assert api.requests["edit"] == 15
+        assert api.requests["chat"] == 10  # five photos, one pair that both answered, two orders
+        assert run_compare(config_for(api.url, source, tmp_path), [])["providers"] == summary["providers"]
+        assert api.requests["chat"] == 10
+    rows, ranked = summary["providers"], summary["rankings"]["all"]
+    assert [rows[name]["answered"] for name in ("blurry", "good", "refuses")] == [5, 5, 0]
+    assert rows["good"]["rewards"]["psnr_rgb"] is None  # needs a reference
+    assert (
+        rows["good"]["rewards"]["low_frequency"] < rows["blurry"]["rewards"]["low_frequency"]
+    )  # a drift: smaller is better
+    gap = ranked["good"]["beta"] - ranked["blurry"]["beta"]
+    assert gap > 1.0 if fair else gap == pytest.approx(0.0, abs=1e-6)  # always "2": no verdict survives the swap
+    assert "| good |" in (tmp_path / "c" / "report.md").read_text()
+
+
+def test_one_provider_is_no_comparison(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("compare: {name: c, source: x}\nproviders: {a: {kind: local}}\n")
+    with pytest.raises(ConfigError, match="providers has 1"):
+        run_compare(tmp_path / "c.yaml", [])
+    with pytest.raises(ConfigError, match=r"providers\.b: generate\.modle: unknown key"):
+        run_compare(tmp_path / "c.yaml", ["providers.b={kind: openai, modle: x}"])
