@@ -21,6 +21,9 @@ app = typer.Typer(
     help="Reinforcement learning for generative image restorers.",
 )  # fmt: skip
 
+judge_app = typer.Typer(no_args_is_help=True, help="Train, measure and compare judges of restorations.")
+app.add_typer(judge_app, name="judge")
+
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, e.g. configs/quickstart.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. run.steps=20 placement.kind=local")]
 
@@ -78,6 +81,26 @@ def restore(
     from rlrestore.commands.restore import run_restore
 
     _guard(lambda: run_restore(source, target, checkpoint, seed, steps, samples, tile, overlap, overwrite))
+
+
+@judge_app.command("train")
+def judge_train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train a judge: the embedded one on a photo arena, or LL-Score on LL-Bench."""
+    from rlrestore.commands.judge import run_judge_train
+
+    _guard(lambda: run_judge_train(config, overrides or []))
+
+
+@judge_app.command("eval")
+def judge_eval(
+    judge: Annotated[Path, typer.Argument(help="folder of a trained judge")],
+    data: Annotated[Path, typer.Argument(help="a test arena, or the folder of LL-Bench")],
+    output: Annotated[Path | None, typer.Option(help="also write the numbers to this JSON file")] = None,
+) -> None:
+    """Rank correlation, pairwise accuracy and hallucination AUROC of a judge."""
+    from rlrestore.commands.judge import run_judge_eval
+
+    _guard(lambda: run_judge_eval(judge, data, output))
 
 
 def main() -> None:
