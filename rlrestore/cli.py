@@ -103,6 +103,19 @@ def judge_eval(
     _guard(lambda: run_judge_eval(judge, data, output))
 
 
+@judge_app.command("bench")
+def judge_bench(
+    data: Annotated[Path, typer.Argument(help="the folder of LL-Bench")],
+    output: Annotated[Path, typer.Option(help="new folder for bench.json and bench.html")],
+    metric: Annotated[list[str] | None, typer.Option(help="a reward kind, e.g. nss; may be repeated")] = None,
+    judge: Annotated[Path | None, typer.Option(help="folder of a trained LL-Score")] = None,
+) -> None:
+    """Metrics beside people's preferences, and a leaderboard of the restorers."""
+    from rlrestore.commands.judge import run_judge_bench
+
+    _guard(lambda: run_judge_bench(data, output, metric or ["nss", "niqe", "consistency"], judge))
+
+
 def main() -> None:
     # Read when torch is imported. Threads that spin while they wait cost more than they save once processes share cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

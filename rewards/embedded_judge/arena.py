@@ -39,6 +39,13 @@ class Source:
         return [i for i, name in enumerate(self.hands) if name == hand]
 
     @property
+    def target(self) -> Tensor:
+        """[V] asinh of the score above the policy's mean: small gaps as they are, large ones (the reference itself is 40 units
+        above the rest) by their logarithm, so that a few rows do not own the loss. Same order."""
+        group = self.index(POLICY) or list(range(len(self.hands)))
+        return (self.score - self.score[group].mean()).asinh()
+
+    @property
     def hallucinated(self) -> Tensor:
         return torch.tensor([float(bool(fault)) for fault in self.faults])
 
@@ -89,7 +96,7 @@ class ArenaSequence(Dataset):
         features = self.features[place][chosen].float().rot90(int(rng.integers(4)), (-2, -1))
         return {
             "features": features.flip(-1) if rng.integers(2) else features,
-            "score": source.score[chosen],
+            "score": source.target[chosen],
             "hallucination": source.hallucinated[chosen],
         }
 
