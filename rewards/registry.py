@@ -14,6 +14,7 @@ from typing import Any
 
 from rewards.base import Reward, RewardSpec
 from rewards.composite import Composite
+from rewards.embedded_judge.reward import EmbeddedJudgeParams, JudgeHallucination, JudgeQuality
 from rewards.fidelity import Consistency, ConsistencyParams, LowFrequency, LowFrequencyParams
 from rewards.iqa import PyiqaParams, PyiqaReward
 from rewards.ll_score.reward import LLScoreHallucination, LLScoreParams, LLScoreQuality
@@ -25,6 +26,8 @@ REWARDS: dict[str, tuple[type, type[Reward]]] = {
     "composite": (ReferenceParams, Composite),
     "consistency": (ConsistencyParams, Consistency),
     "gmsd": (ReferenceParams, Gmsd),
+    "judge": (EmbeddedJudgeParams, JudgeQuality),
+    "judge_hallucination": (EmbeddedJudgeParams, JudgeHallucination),
     "ll_score": (LLScoreParams, LLScoreQuality),
     "ll_score_hallucination": (LLScoreParams, LLScoreHallucination),
     "low_frequency": (LowFrequencyParams, LowFrequency),
