@@ -13,15 +13,23 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from rewards.base import Reward, RewardSpec
+from rewards.composite import Composite
+from rewards.embedded_judge.reward import EmbeddedJudgeParams, JudgeHallucination, JudgeQuality
 from rewards.fidelity import Consistency, ConsistencyParams, LowFrequency, LowFrequencyParams
 from rewards.iqa import PyiqaParams, PyiqaReward
+from rewards.ll_score.reward import LLScoreHallucination, LLScoreParams, LLScoreQuality
 from rewards.naturalness import Niqe, NiqeParams, Nss, NssParams
 from rewards.reference import Gmsd, PsnrRgb, PsnrY, ReferenceParams, SsimRgb, SsimY
 
 ENTRY_POINTS = "rlrestore.rewards"
 REWARDS: dict[str, tuple[type, type[Reward]]] = {
+    "composite": (ReferenceParams, Composite),
     "consistency": (ConsistencyParams, Consistency),
     "gmsd": (ReferenceParams, Gmsd),
+    "judge": (EmbeddedJudgeParams, JudgeQuality),
+    "judge_hallucination": (EmbeddedJudgeParams, JudgeHallucination),
+    "ll_score": (LLScoreParams, LLScoreQuality),
+    "ll_score_hallucination": (LLScoreParams, LLScoreHallucination),
     "low_frequency": (LowFrequencyParams, LowFrequency),
     "niqe": (NiqeParams, Niqe),
     "nss": (NssParams, Nss),

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from rlrestore.cli_data import data_app
+from rlrestore.cli_judge import judge_app
 
 USAGE, UNAVAILABLE, FAILED, INTERRUPTED = 64, 69, 70, 130
 
@@ -111,6 +112,7 @@ def cache_prompts(
 
 
 app.add_typer(data_app(lambda command: _guard(command)), name="data")
+app.add_typer(judge_app(lambda command: _guard(command)), name="judge")
 
 
 def main() -> None:

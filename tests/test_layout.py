@@ -42,12 +42,16 @@ REGISTRIES = {"ALGORITHMS": "algorithm", "ENVS": "env", "RESTORERS": "restorer",
 KNOWS_ALL_FAMILIES = "rlrestore/build.py"
 
 # Plug-ins that no shipped config uses, each with the reason. Keep it short: a config is the best documentation.
-WITHOUT_CONFIG: dict[str, str] = dict.fromkeys(
-    ("flux2_klein", "flux_controlnet", "ldm_sr", "qwen_image_edit_plus", "sd_upscale"),
-    "opened as its neighbours in docs/families.md are, and there is no published RL setting to write down",
-)
+WITHOUT_CONFIG: dict[str, str] = {
+    **dict.fromkeys(
+        ("flux2_klein", "flux_controlnet", "ldm_sr", "qwen_image_edit_plus", "sd_upscale"),
+        "opened as its neighbours in docs/families.md are, and there is no published RL setting to write down",
+    ),
+    "ll_score": "needs a judge that somebody trained on LL-Bench; docs/judges.md shows the lines",
+    "ll_score_hallucination": "as ll_score",
+}
 
-ENTRY_MODULES = {"rlrestore.__main__"}  # besides the console scripts of pyproject.toml
+ENTRY_MODULES = {"rewards.ll_score.infer", "rlrestore.__main__"}  # besides the console scripts of pyproject.toml
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -353,6 +357,7 @@ def test_every_shipped_config_loads(config: str) -> None:
     from rlrestore.build import load_finetune_config, load_train_config
     from rlrestore.commands.data_build import load_build_config
     from rlrestore.commands.data_compare import load_compare_config
+    from rlrestore.judging import load_judge_config
 
     sections = yaml.safe_load((ROOT / config).read_text(encoding="utf-8"))
     if "compare" in sections:
@@ -361,8 +366,9 @@ def test_every_shipped_config_loads(config: str) -> None:
     if "build" in sections:
         assert load_build_config(ROOT / config, []).build.name
         return
-    trains_by_reward = "algorithm" in sections
-    loaded = (load_train_config if trains_by_reward else load_finetune_config)(ROOT / config)
+    loaders = {"algorithm": load_train_config, "judge": load_judge_config}
+    load = next((loader for section, loader in loaders.items() if section in sections), load_finetune_config)
+    loaded = load(ROOT / config)
     assert loaded.run.name, f"{config}: run.name says where the run is written"
 
 

@@ -1,0 +1,107 @@
+"""What the clean picture probably is, and how sure that is: the embedded judge's evidence.
+
+A frozen copy of the mean network of an embedded restorer (docs/restorers.md): trained on pairs, it gives the expected
+clean picture m of an LQ and the spread s of what cannot be known. It is a copy: the judge stays as it is whatever
+becomes of the restorer. Input [B, 3, H, W] in [0, 1]; output m and log s, both [B, 3, H, W] float32 in units of [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MULTIPLE = 16  # sides are padded to a multiple, as the restorer pads them
+PREFIXES = ("mean.", "detail.")  # of the restorer's tensors that are copied
+
+
+@dataclass(frozen=True)
+class EstimatorConfig:
+    """The restorer's architecture, from its config.json."""
+
+    unshuffle: int
+    mean_channels: tuple[int, ...]
+    detail_channels: int
+    detail_blocks: int
+    layers: int
+    groups: int
+
+    @staticmethod
+    def of(values: Mapping) -> EstimatorConfig:
+        """From json; ValueError naming a missing key. Keys of the restorer that do not concern the mean are left out."""
+        names = EstimatorConfig.__dataclass_fields__
+        if missing := [name for name in names if name not in values]:
+            raise ValueError(f"the estimator's config lacks {missing[0]!r}: give the folder of an embedded restorer")
+        chosen: dict[str, Any] = {k: tuple(values[k]) if isinstance(values[k], list) else values[k] for k in names}
+        return EstimatorConfig(**chosen)
+
+
+class Trunk(nn.Module):
+    """Residual blocks at the cells' own resolution, without norms."""
+
+    def __init__(self, inputs: int, outputs: int, width: int, blocks: int):
+        super().__init__()
+
+        def conv(a: int, b: int) -> nn.Conv2d:
+            return nn.Conv2d(a, b, 3, padding=1)
+
+        self.conv_in = conv(inputs, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(conv(width, width), nn.SiLU(), conv(width, width)) for _ in range(blocks)
+        )
+        self.conv_out = conv(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.conv_out(F.silu(x))
+
+
+class Estimator(nn.Module):
+    def __init__(self, config: EstimatorConfig):
+        super().__init__()
+        from diffusers import UNet2DModel  # seconds to import
+
+        self.config = config
+        cells = 3 * config.unshuffle**2
+        channels = config.mean_channels
+        self.mean = UNet2DModel(
+            in_channels=cells, out_channels=2 * cells, block_out_channels=channels, layers_per_block=config.layers,
+            down_block_types=("DownBlock2D",) * len(channels), up_block_types=("UpBlock2D",) * len(channels),
+            norm_num_groups=config.groups, add_attention=False,
+        )  # fmt: skip
+        self.detail = (
+            Trunk(3 * cells, 2 * cells, config.detail_channels, config.detail_blocks)
+            if config.detail_channels
+            else None
+        )
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, lq_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = lq_B3HW.shape[-2:]
+        below, right = -height % MULTIPLE, -width % MULTIPLE
+        if below or right:
+            mode = "reflect" if below < height and right < width else "replicate"
+            lq_B3HW = F.pad(lq_B3HW, (0, right, 0, below), mode=mode)
+        lq = F.pixel_unshuffle(2 * lq_B3HW - 1, self.config.unshuffle)
+        raw = self.mean(lq, 0).sample
+        if self.detail is not None:
+            raw = raw + self.detail(torch.cat([lq, raw], dim=1))
+        residual, log_spread = raw.chunk(2, dim=1)
+        mean, log_spread = lq + residual, (log_spread - 2.5).clamp(-5.5, 0.0)
+        mean_px, log_spread_px = (
+            F.pixel_shuffle(z, self.config.unshuffle)[..., :height, :width] for z in (mean, log_spread)
+        )
+        return ((mean_px + 1) / 2).clamp(0, 1), log_spread_px - math.log(2)
+
+
+def restorer_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean network's tensors out of an embedded restorer's weights file, float32."""
+    return {name: value.float() for name, value in tensors.items() if name.startswith(PREFIXES)}
