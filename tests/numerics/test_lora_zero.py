@@ -118,14 +118,14 @@ def test_two_ranks_train_as_one(folder: Path, algorithm: str, zero: int, precisi
     if algorithm == "grpo":
         assert float(found["ratio"].max()) < IDENTITY
     norms = torch.tensor([report.grad_norms[0] for report in reports])
-    assert float((found["norms"] / norms - 1).abs().max()) < 1e-3
+    loose = precision == "bfloat16"  # one process and two need not round bfloat16 alike; each agrees with itself, above
+    assert float((found["norms"] / norms - 1).abs().max()) < (0.05 if loose else 1e-5)
     straight = alone.weights("current")
     gaps = torch.cat([(found[name] - straight[name]).abs().flatten() for name in straight])
-    # Adam divides a gradient by its own size: where that is near 0, its rounding may turn a step of 1e-3 around
-    assert float((gaps > 1e-4).float().mean()) < 0.02
+    assert float((gaps > 1e-4).float().mean()) < (0.1 if loose else 1e-6)  # of steps of 1e-3
     for which in ("base", "current"):
         difference = found[which].int() - pictures(alone, config, env, which).int()
-        assert int(difference.abs().max()) <= 1
+        assert int(difference.abs().max()) <= (3 if loose else 1)  # of 255
     assert not torch.equal(found["base"], found["current"])
     assert bool(found["resumed"])
 
