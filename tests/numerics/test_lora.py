@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from rlrestore.actors.workers import RolloutWorker
 from rlrestore.build import RESTORERS, build_crew, check_parts
 from rlrestore.crew import LocalCrew, StageTimes
 from rlrestore.diffusion.sampling import Chain, sample
 from rlrestore.restorers.lora import matched_modules
+from rlrestore.stages import make_chunks, rollout_chain
 from rlrestore.types import UpdateReport
+from rlrestore.weights import SyncError
 from tests.tiny import iterate
 from tests.tiny_pipelines import family_config
 
@@ -177,3 +181,27 @@ def test_supervised_training_fits_two_pairs_through_the_adapter(folder: Path, ki
     assert {name for name in after if not torch.equal(after[name], before[name])} <= {
         name for name in before if ".default." in name
     }
+
+
+def test_a_rollout_worker_serves_the_published_adapter(folder: Path) -> None:
+    """Placement `separate`: only the adapter travels, is checked, and gives the trainer's own pictures."""
+    config = family_config(folder, "sd_controlnet", "grpo")
+    env = check_parts(config)
+    crew = build_crew(config, StageTimes())
+    iterate(crew, config, env, True, 1, 0)
+    published = crew.learner.publish("behaviour")
+    worker = RolloutWorker()
+    worker.setup(config.restorer, (), 1)
+    assert worker.receive(published) == (1, published.sha256)
+    base = sum(value.numel() for value in worker.network.parameters())
+    assert len(published.blob) < 0.2 * 4 * base
+    chain = rollout_chain(config.sampling, 0, 1, True)
+    (chunk,) = make_chunks(env.draw(1, 2), 2, 4, 0, 1)
+    images, _ = worker.sample(chunk, chain, 1)
+    assert torch.equal(images.pixels, crew.learner.sample(chunk, chain).pixels)
+    with pytest.raises(SyncError, match="older than version 1"):
+        worker.receive(replace(published, version=0))
+    with pytest.raises(SyncError, match="have sha256"):
+        worker.receive(replace(published, blob=published.blob[:-1] + b"x"))
+    with pytest.raises(SyncError, match="holds weights version 1, version 2 was asked for"):
+        worker.sample(chunk, chain, 2)
