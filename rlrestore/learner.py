@@ -97,7 +97,7 @@ class Learner:
     @torch.no_grad()
     def load_scratch(self, which: str) -> None:
         """Collective."""
-        _copy_into(self.scratch, self.weights(which))
+        self.engine.assign(self.scratch, self.weights(which))
 
     # -- weights -----------------------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class Learner:
         self.ema.update(parameters, ema_decay(self.iteration - 1, self.ema_cap))
         if self.old is not None and self.old_shadow is not None:
             self.old_shadow.update(parameters, self.algorithm.old_decay(self.optimiser_steps))
-            _copy_into(self.old, self.old_shadow.shadow)
+            self.engine.assign(self.old, self.old_shadow.shadow)
 
     # -- measuring ---------------------------------------------------------------------------------------------
 
@@ -251,10 +251,10 @@ class Learner:
         for name, value in base.items():
             self.base[name].copy_(value)
         if self.reference is not None:
-            _copy_into(self.reference, self.base)
+            self.engine.assign(self.reference, self.base)
         if self.old is not None and self.old_shadow is not None:
             self.old_shadow.load(load_tensors(folder / "old.safetensors"))
-            _copy_into(self.old, self.old_shadow.shadow)
+            self.engine.assign(self.old, self.old_shadow.shadow)
         counters = read_json(folder / "learner.json")
         self.iteration, self.optimiser_steps = counters["iteration"], counters["optimiser_steps"]
 
@@ -267,13 +267,6 @@ class Learner:
 
     def close(self) -> None:
         self.engine.close()
-
-
-@torch.no_grad()
-def _copy_into(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    parameters = dict(network.named_parameters())
-    for name, value in weights.items():
-        parameters[name].copy_(value)
 
 
 def _what_is_not_finite(loss: Loss, iteration: int) -> str:

@@ -68,8 +68,8 @@ def sd3_controlnet(pipe: Any, lq: Tensor, noise: Tensor, text: Text, _: Restorer
     ).images
 
 
-def qwen(pipe: Any, lq: Tensor, noise: Tensor, text: Text, _: Restorer) -> Tensor:
-    options = {"height": HEIGHT, "width": WIDTH, "true_cfg_scale": 1.0, **COMMON}
+def qwen(pipe: Any, lq: Tensor, noise: Tensor, text: Text, restorer: Restorer) -> Tensor:
+    options = {"height": HEIGHT, "width": WIDTH, "true_cfg_scale": restorer.config.cfg, **COMMON}
     rows = [
         pipe(image=to_pil(lq[row]), latents=pack(noise[row : row + 1]), **_row(text, row), **options).images
         for row in range(len(lq))
@@ -98,8 +98,8 @@ def sd_upscale(pipe: Any, lq: Tensor, noise: Tensor, text: Text, _: Restorer) ->
     return torch.cat(rows)
 
 
-def sd_controlnet(pipe: Any, lq: Tensor, noise: Tensor, text: Text, _: Restorer) -> Tensor:
-    return pipe(image=lq, latents=noise, guidance_scale=1.0, **text, **COMMON).images
+def sd_controlnet(pipe: Any, lq: Tensor, noise: Tensor, text: Text, restorer: Restorer) -> Tensor:
+    return pipe(image=lq, latents=noise, guidance_scale=restorer.config.cfg, **text, **COMMON).images
 
 
 def one_step(pipe: Any, lq: Tensor, noise: Tensor, text: Text, restorer: Restorer) -> Tensor:

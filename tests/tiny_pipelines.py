@@ -263,6 +263,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sd_controlnet": sd_controlnet,
     "sd_upscale": sd_upscale,
 }
+POOLED = ("flux_controlnet", "flux_kontext")
 WITHOUT_TEXT_ENCODER = ("flux2_klein", "qwen_image_edit", "qwen_image_edit_plus")  # large ones: embeddings from a file
 
 
@@ -274,13 +275,15 @@ def save_pipeline(kind: str, folder: Path) -> Path:
     return target
 
 
-def prompt_options(kind: str, folder: Path) -> dict[str, str]:
-    """What a restorer's config needs for its prompt."""
-    if kind not in WITHOUT_TEXT_ENCODER:
+def prompt_options(kind: str, folder: Path, short: bool = False) -> dict[str, str]:
+    """What a restorer's config needs for its prompt; `short`: 6 tokens where FLUX's own text side makes 512."""
+    if kind not in WITHOUT_TEXT_ENCODER and not (short and kind in POOLED):
         return {"prompt": PROMPT}
-    file = folder / "prompt.safetensors"
+    names = {"prompt_embeds": (1, 6, 16), **({"pooled_prompt_embeds": (1, 16)} if kind in POOLED else {})}
+    file = folder / f"prompt_{len(names)}.safetensors"
     if not file.exists():
-        save_file({"prompt_embeds": torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(6))}, file)
+        generator = torch.Generator().manual_seed(6)
+        save_file({name: torch.randn(shape, generator=generator) for name, shape in names.items()}, file)
     return {"prompt_embeds": str(file)}
 
 
@@ -311,7 +314,7 @@ log: {{image_tasks: 1}}
 def family_config(folder: Path, kind: str, algorithm: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """A run of one family on its tiny pipeline: 2 groups of 2, on the family's own times."""
     weights = save_pipeline(kind, folder)
-    options = prompt_options(kind, folder)
+    options = prompt_options(kind, folder, short=True)
     one = kind == "one_step"
     times = build_restorer(
         Plugin(kind, RESTORERS[kind][0](weights=str(weights), precision="float32", lora_rank=2, **options))

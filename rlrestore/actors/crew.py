@@ -105,13 +105,18 @@ class RayCrew(Crew):
             [trainer.load_scratch.remote(which) for trainer in self.trainers], self.limit_s, f"loading {which} weights"
         )
         chain_ref = ray.put(chain)
-        submitted = []
-        for worker, share in enumerate(deal(len(chunks), self.ranks)):
+        submitted, idle = [], []
+        shares = deal(len(chunks), self.ranks)
+        for worker, share in enumerate(shares):
             for index in share:
                 chunk_ref = ray.put(chunks[index])
                 images_ref = self.trainers[worker].sample_with.remote(chunk_ref, chain_ref, which)
                 submitted.append((chunks[index], chunk_ref, images_ref))
+            # An adapter under ZeRO-3 is asked by all ranks or by none: who has fewer chunks samples one for nobody.
+            for _ in range(max(map(len, shares)) - len(share)):
+                idle.append(self.trainers[worker].sample_with.remote(chunks[0], chain_ref, which))
         yield from self._score(submitted, self.all_names)
+        fetch(idle, self.limit_s, "sampling beside the others")
 
     def _score(self, submitted: Sequence[tuple[Chunk, Any, Any]], names: Sequence[str]) -> Iterator[Scored]:
         """Queue on reward workers in the order in which the samplers finish (round by round), yield in chunk order."""

@@ -8,9 +8,11 @@ backwards is the loss to minimise; the engine adds gradients over ranks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 
@@ -51,6 +53,16 @@ class Engine(ABC):
     @abstractmethod
     def full_parameters(self) -> dict[str, Tensor]:
         """Whole trainable parameters by name, detached, float32 (master weights). Collective: call on every rank."""
+
+    @torch.no_grad()
+    def assign(self, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Write whole values into parameters that are not the optimiser's, by name: a copy's or a frozen adapter's.
+
+        Collective, because a frozen adapter of the network may be sharded with it.
+        """
+        parameters = dict(network.named_parameters())
+        for name, value in weights.items():
+            parameters[name].copy_(value)
 
     @abstractmethod
     def save(self, folder: Path) -> None:

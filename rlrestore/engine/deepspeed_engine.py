@@ -10,6 +10,7 @@ Refuses bfloat16 at stage 0, whose wrapper takes a hidden optimiser step (DeepSp
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,24 @@ class DeepSpeedEngine(Engine):
             return {name: parameter.detach().float() for name, parameter in self.parameters.items()}
         return {name: safe_get_full_fp32_param(parameter).detach() for name, parameter in self.parameters.items()}
 
+    def assign(self, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        parameters = dict(network.named_parameters())
+        sharded = [parameters[name] for name in weights if hasattr(parameters[name], "ds_id")]
+        if sharded:  # a backward leaves behind, whole, what belongs to layers whose input needs no gradient
+            self.engine.optimizer.parameter_offload.release_backward_leftovers()
+        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
+            super().assign(network, weights)
+
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        """Frozen weights are left out: whoever loads has built them already."""
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
         for extra in ("zero_to_fp32.py", "zero_to_torch.py"):  # scripts that DeepSpeed drops beside its files
             if self.rank == 0:
                 (folder / extra).unlink(missing_ok=True)
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed state of ZeRO stage {self.options.zero}")
 

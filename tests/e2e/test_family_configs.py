@@ -26,7 +26,7 @@ def twin(config: Path, folder: Path) -> TrainConfig:
     data: dict[str, Any] = read_yaml(config)
     kind = data["restorer"]["kind"]
     data["restorer"] |= {"weights": str(save_pipeline(kind, folder)), "precision": "float32", "lora_rank": 2}
-    data["restorer"] |= prompt_options(kind, folder)
+    data["restorer"] |= prompt_options(kind, folder, short=True)
     if "controlnet" in data["restorer"]:
         data["restorer"]["controlnet"] = str(save_pipeline(kind, folder) / "controlnet")
     data["env"] = {"kind": "photos", "size": 32, "recipe": "mild"}

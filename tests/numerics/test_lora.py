@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from rlrestore.actors.workers import RolloutWorker
 from rlrestore.build import RESTORERS, build_crew, check_parts
 from rlrestore.crew import LocalCrew, StageTimes
 from rlrestore.diffusion.sampling import Chain, sample
 from rlrestore.restorers.lora import matched_modules
+from rlrestore.stages import make_chunks, rollout_chain
 from rlrestore.types import UpdateReport
+from rlrestore.weights import SyncError
 from tests.tiny import iterate
 from tests.tiny_pipelines import family_config
 
@@ -66,6 +70,17 @@ def test_nft_moves_the_adapter_and_its_slow_copy(folder: Path, kind: str) -> Non
     assert reports[0].grad_norms[0] > 0
     current = {name for name in before if ".lora_B.default." in name}
     assert moved(crew, before) == current | {name.replace("default", "old") for name in current}
+
+
+@pytest.mark.parametrize("kind", ["flux_kontext", "sd_controlnet"])
+def test_a_bfloat16_base_has_a_float32_adapter_and_is_on_policy(folder: Path, kind: str) -> None:
+    """The default precision. Sampling and replay run the same kernels, so that rounding cancels."""
+    crew, before, reports = one_iteration(folder, kind, "grpo", ("restorer.precision=bfloat16",))
+    assert reports[0].maxima["ratio_deviation_max_on_policy"] < IDENTITY and reports[0].grad_norms[0] > 0
+    dtypes = {name: value.dtype for name, value in crew.learner.restorer.denoiser.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if ".lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if ".lora_" not in name} == {torch.bfloat16}
+    assert moved(crew, before) <= {name for name in before if ".lora_B.default." in name}
 
 
 def test_dpo_with_a_reference_adapter(folder: Path) -> None:
@@ -142,3 +157,51 @@ def test_targets_are_ends_of_names() -> None:
     )
     assert matched_modules(net, ["to_q"]) == ["attn.to_q"]
     assert matched_modules(net, [r"attn\.to_\w"]) == ["attn.to_q"]
+
+
+@pytest.mark.parametrize("kind", ["flux_kontext", "one_step", "sd_upscale"])
+def test_supervised_training_fits_two_pairs_through_the_adapter(folder: Path, kind: str) -> None:
+    """Adam on one fixed draw of times and noise: the loss falls, and nothing but the adapter moves."""
+    restorer = build_crew(family_config(folder, kind, "nft", ("restorer.lora_rank=8",)), StageTimes()).learner.restorer
+    before = {name: value.clone() for name, value in restorer.denoiser.state_dict().items()}
+    (module,) = restorer.supervised_modules().values()
+    optimiser = torch.optim.Adam(list(module.requires_grad_(True).parameters()), lr=0.01)
+    photos = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(12):
+        loss, _ = restorer.supervised_loss(
+            photos[:2], photos[2:], torch.tensor([0.3, 0.8]), torch.Generator().manual_seed(2)
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.95 * losses[0], losses
+    after = restorer.denoiser.state_dict()
+    assert {name for name in after if not torch.equal(after[name], before[name])} <= {
+        name for name in before if ".default." in name
+    }
+
+
+def test_a_rollout_worker_serves_the_published_adapter(folder: Path) -> None:
+    """Placement `separate`: only the adapter travels, is checked, and gives the trainer's own pictures."""
+    config = family_config(folder, "sd_controlnet", "grpo")
+    env = check_parts(config)
+    crew = build_crew(config, StageTimes())
+    iterate(crew, config, env, True, 1, 0)
+    published = crew.learner.publish("behaviour")
+    worker = RolloutWorker()
+    worker.setup(config.restorer, (), 1)
+    assert worker.receive(published) == (1, published.sha256)
+    base = sum(value.numel() for value in worker.network.parameters())
+    assert len(published.blob) < 0.2 * 4 * base
+    chain = rollout_chain(config.sampling, 0, 1, True)
+    (chunk,) = make_chunks(env.draw(1, 2), 2, 4, 0, 1)
+    images, _ = worker.sample(chunk, chain, 1)
+    assert torch.equal(images.pixels, crew.learner.sample(chunk, chain).pixels)
+    with pytest.raises(SyncError, match="older than version 1"):
+        worker.receive(replace(published, version=0))
+    with pytest.raises(SyncError, match="have sha256"):
+        worker.receive(replace(published, blob=published.blob[:-1] + b"x"))
+    with pytest.raises(SyncError, match="holds weights version 1, version 2 was asked for"):
+        worker.sample(chunk, chain, 2)

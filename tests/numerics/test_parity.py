@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rlrestore.build import RESTORERS, build_restorer
@@ -70,3 +71,18 @@ def test_parity(kind: str, folder: Path) -> None:
     assert error < LIMIT
     # the comparison can fail: another photo, or another prompt, gives another picture by far more than the limit
     assert float((ours(restorer, lq.flip(0))[0] - theirs).abs().max()) > 20 * LIMIT
+
+
+@pytest.mark.parametrize("kind", ["qwen_image_edit", "sd_controlnet"])
+def test_parity_with_guidance(kind: str, folder: Path) -> None:
+    """Qwen keeps the norm of each token, Stable Diffusion does not."""
+    negative = folder / f"negative_{kind}.safetensors"
+    tokens = 6 if kind == "qwen_image_edit" else 77
+    save_file({"prompt_embeds": torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(9))}, negative)
+    restorer = restorer_of(kind, folder, cfg=3.0, negative_prompt_embeds=str(negative))
+    images, noise = ours(restorer, photos())
+    pipe = open_pipeline(kind, save_pipeline(kind, folder))
+    given = {**restorer.prompt, "negative_prompt_embeds": restorer.negative["prompt_embeds"]}
+    text = {name: value.expand(2, *value.shape[1:]) for name, value in given.items()}
+    assert float((images - CALLS[kind](pipe, photos(), noise, text, restorer)).abs().max()) < LIMIT
+    assert float((ours(restorer_of(kind, folder), photos())[0] - images).abs().max()) > 20 * LIMIT
