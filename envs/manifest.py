@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,7 +190,7 @@ class ManifestEnv:
         try:
             self.quarantine_file.parent.mkdir(parents=True, exist_ok=True)
             with self.quarantine_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + os.linesep)
+                file.write(json.dumps(entry) + "\n")
         except OSError as error:
             log.warning("%s cannot be written: %s", self.quarantine_file, error.strerror)
         if len(self.quarantined) > self.config.max_quarantined:

@@ -16,6 +16,7 @@ from importlib import resources
 from typing import Any
 
 from envs.pipeline.process import REVIEW, Outcome
+from envs.pipeline.run import latest_decisions
 from envs.pipeline.store import BuildFolder
 
 REASONS = (
@@ -50,7 +51,7 @@ class ReviewServer(ThreadingHTTPServer):
 
     def waiting(self) -> list[dict[str, Any]]:
         """What is still to be decided."""
-        latest = {record["id"]: record["verdict"] for record in self.folder.decisions.records}
+        latest = latest_decisions(self.folder)
         return [
             {
                 "id": item.id,
@@ -61,19 +62,20 @@ class ReviewServer(ThreadingHTTPServer):
                 "gt": item.gt,
             }
             for item in self.items
-            if latest.get(item.id, "undo") == "undo"
+            if (item.id, item.gt) not in latest
         ]
 
     def decide(self, given: Mapping[str, Any]) -> None:
         """Append a decision; ValueError if it is none."""
         name, verdict, reason = given.get("id"), given.get("verdict"), given.get("reason", "")
-        if name not in {item.id for item in self.items}:
+        item = next((item for item in self.items if item.id == name), None)
+        if item is None:
             raise ValueError(f"no photo {name!r} is under review")
         if verdict not in ("accept", "reject", "undo") or (verdict == "reject" and reason not in REASONS):
             raise ValueError(f"verdict {verdict!r} with reason {reason!r} is none")
         seconds = given.get("seconds", 0)
         self.folder.decisions.append({
-            "id": name, "verdict": verdict, "reason": reason, "reviewer": self.reviewer,
+            "id": item.id, "gt": item.gt, "verdict": verdict, "reason": reason, "reviewer": self.reviewer,
             "seconds": round(float(seconds), 1) if isinstance(seconds, int | float) else 0.0,
         })  # fmt: skip
 

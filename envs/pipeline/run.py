@@ -106,11 +106,20 @@ def outcome_version(config: BuildConfig) -> str:
 
 
 def decided(outcomes: dict[str, Outcome], folder: BuildFolder) -> dict[str, Outcome]:
-    """Outcomes after the people's decisions; the last one about a photo counts, and an undo takes it back."""
-    latest: dict[str, dict[str, Any] | None] = {}
+    """Outcomes after the people's decisions."""
+    latest = latest_decisions(folder)
+    return {name: with_decision(outcome, latest.get((name, outcome.gt))) for name, outcome in outcomes.items()}
+
+
+def latest_decisions(folder: BuildFolder) -> dict[tuple[str, str], dict[str, Any]]:
+    """(photo, candidate's blob) -> the last decision, unless it was taken back. A new candidate needs a new decision."""
+    latest: dict[tuple[str, str], dict[str, Any]] = {}
     for record in folder.decisions.records:
-        latest[record["id"]] = None if record["verdict"] == "undo" else record
-    return {name: with_decision(outcome, latest.get(name)) for name, outcome in outcomes.items()}
+        key = (record["id"], record["gt"])
+        latest.pop(key, None)
+        if record["verdict"] != "undo":
+            latest[key] = record
+    return latest
 
 
 def counts(outcomes: dict[str, Outcome]) -> Counter[tuple[str, str]]:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,13 @@ def test_every_fault_ends_in_its_place(lq_folder, world: World, tmp_path: Path) 
 
         before = api.requests.copy()
         folder = BuildFolder(tmp_path / "builds" / "b")
-        folder.decisions.append({"id": "09", "verdict": "accept", "reason": "", "reviewer": "me", "seconds": 1.0})
+        server = ReviewServer({"09": replace(built.outcomes["09"], gt="another candidate")}, folder, "me")
+        server.decide({"id": "09", "verdict": "reject", "reason": "blurred"})  # about what is no longer there
+        server.server_close()
+        server = ReviewServer(built.outcomes, folder, "me")
+        server.decide({"id": "09", "verdict": "accept"})
+        assert server.waiting() == []
+        server.server_close()
         folder.close()
         again = run_build(config, [])
         assert api.requests == before, "the second run asked again for what was paid"
