@@ -188,7 +188,7 @@ def test_a_rollout_worker_serves_the_published_adapter(folder: Path) -> None:
     config = family_config(folder, "sd_controlnet", "grpo")
     env = check_parts(config)
     crew = build_crew(config, StageTimes())
-    iterate(crew, config, env, True, 1, 0)
+    iterate(crew, config, env, 0)
     published = crew.learner.publish("behaviour")
     worker = RolloutWorker()
     worker.setup(config.restorer, (), 1)
