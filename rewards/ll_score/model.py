@@ -148,7 +148,7 @@ def _open_base(config: LLScoreConfig) -> tuple[Any, Any]:
     try:
         processor = AutoProcessor.from_pretrained(config.base, revision=config.revision)
         whole = AutoModelForImageTextToText.from_pretrained(
-            config.base, revision=config.revision, dtype=getattr(torch, config.dtype)
+            config.base, revision=config.revision, dtype=getattr(torch, config.dtype), use_safetensors=True
         )
     except OSError as error:
         raise ValueError(f"base {config.base!r} cannot be opened: {str(error).splitlines()[0]}") from error
