@@ -104,7 +104,7 @@ class DeepSpeedEngine(Engine):
 
     def close(self) -> None:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed holding on to groups that are gone
 
     def _stage_0_norm(self) -> float:
         """Stage 0 reports no norm and lets NaN reach the weights, so look before it steps."""

@@ -60,5 +60,5 @@ class TorchEngine(Engine):
         load_optimiser_tensors(self.optimiser, self.names, load_tensors(folder / "optimiser.safetensors"))
 
     def close(self) -> None:
-        if dist.is_initialized():
+        if self.world > 1 and dist.is_initialized():  # one rank has joined none, and leaves another engine's alone
             dist.destroy_process_group()

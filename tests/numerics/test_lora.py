@@ -195,7 +195,7 @@ def test_a_rollout_worker_serves_the_published_adapter(folder: Path) -> None:
     assert worker.receive(published) == (1, published.sha256)
     base = sum(value.numel() for value in worker.network.parameters())
     assert len(published.blob) < 0.2 * 4 * base
-    chain = rollout_chain(config.sampling, 0, 1, True)
+    chain = rollout_chain(config.sampling, 0, 1, crew.learner.algorithm)
     (chunk,) = make_chunks(env.draw(1, 2), 2, 4, 0, 1)
     images, _ = worker.sample(chunk, chain, 1)
     assert torch.equal(images.pixels, crew.learner.sample(chunk, chain).pixels)
