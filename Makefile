@@ -30,7 +30,7 @@ quickstart: $(INSTALLED)  ## improve a restorer on real photographs and show the
 test: $(INSTALLED)  ## the tests, within 12 minutes on 2 cores
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(INSTALLED)  ## the tests that train: every algorithm against its control, LL-Score, ZeRO (about two hours)
+test-slow: $(INSTALLED)  ## the tests that train: algorithms against their controls, LL-Score, ZeRO (half an hour and more)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(INSTALLED)  ## lint, format and types
