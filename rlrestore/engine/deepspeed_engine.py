@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlrestore.engine.base import Engine, EngineOptions, NonFiniteError
+from rlrestore.engine.group import forget_rendezvous
 from rlrestore.optimiser import adamw
 
 if not torch.cuda.is_available():
@@ -105,6 +106,7 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         if dist.is_initialized():
             deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed holding on to groups that are gone
+            forget_rendezvous()
 
     def _stage_0_norm(self) -> float:
         """Stage 0 reports no norm and lets NaN reach the weights, so look before it steps."""

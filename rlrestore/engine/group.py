@@ -35,6 +35,12 @@ def join_group(rank: int, world: int, address: str, port: int, timeout_s: float,
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
+def forget_rendezvous() -> None:
+    """After a group is left: whoever reads these variables (accelerate does) would wait for ranks that are gone."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+
+
 def _loopback_listener(address: str, port: int) -> int:
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlrestore.checkpoint import load_tensors, save_tensors
 from rlrestore.engine.base import Engine, EngineOptions, NonFiniteError
+from rlrestore.engine.group import forget_rendezvous
 from rlrestore.optimiser import adamw, load_optimiser_tensors, optimiser_tensors, set_lr
 
 
@@ -62,3 +63,4 @@ class TorchEngine(Engine):
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():  # one rank has joined none, and leaves another engine's alone
             dist.destroy_process_group()
+            forget_rendezvous()

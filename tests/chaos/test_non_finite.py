@@ -49,6 +49,7 @@ def test_the_weights_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.Monke
                 iterate(crew, config, env, 0)
         assert crew.learner.iteration == 0
         assert all(value.equal(before[name]) for name, value in crew.learner.weights("current").items())
+    crew.close()
 
 
 def test_the_run_ends_and_names_the_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
