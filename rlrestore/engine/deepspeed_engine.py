@@ -37,7 +37,7 @@ TRUSTED_GLOBALS = [
 ]  # what DeepSpeed's own optimizer files hold beside tensors
 TAG = "engine"
 # Python 3.11.0 to 3.11.3 pickle an enum by `getattr`, which no reader should have to allow; the later way is by its value.
-ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (ZeroStageEnum, (stage.value,))  # type: ignore[method-assign]
+ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (ZeroStageEnum, (stage.value,))
 
 
 class DeepSpeedEngine(Engine):
