@@ -7,7 +7,7 @@ from envs.pipeline.http import WrongKeyError
 from envs.pipeline.ledger import BudgetError
 from rewards.rubric import RewardBudgetError
 from rlrestore.checkpoint import CheckpointError
-from rlrestore.config import ConfigError
+from rlrestore.config_files import ConfigError
 from rlrestore.crew import WorkerLostError
 from rlrestore.engine.base import NonFiniteError
 from rlrestore.learner import StaleRolloutError

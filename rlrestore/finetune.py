@@ -20,7 +20,8 @@ from tqdm import tqdm
 from envs.base import Env
 from envs.types import Task
 from rlrestore.checkpoint import load_tensors, new_checkpoint, retain, save_tensors
-from rlrestore.config import FinetuneConfig, OptimiserConfig, config_hash
+from rlrestore.config import FinetuneConfig, OptimiserConfig
+from rlrestore.config_files import config_hash
 from rlrestore.diffusion.sampling import Chain, sample
 from rlrestore.log import RunLog
 from rlrestore.lr import cosine_factor, wsd_factor

@@ -24,7 +24,7 @@ from rewards.embedded_judge.reward import EmbeddedJudgeParams, JudgeHallucinatio
 from rewards.judges.losses import JudgeLoss
 from rewards.judges.trainer import JudgeTrainer, TrainConfig
 from rewards.registry import build_reward
-from rlrestore.config import ConfigError, dump, read_yaml, typed
+from rlrestore.config_files import ConfigError, dump, read_yaml, typed
 
 
 @dataclass

@@ -19,7 +19,8 @@ from rewards.rubric import FailureBudget, Rubric, RubricScores
 from rlrestore.algorithms.base import Algorithm
 from rlrestore.checkpoint import new_checkpoint, read_json, retain, write_json_atomic
 from rlrestore.clock import Clock, bare_seconds
-from rlrestore.config import TrainConfig, config_hash
+from rlrestore.config import TrainConfig
+from rlrestore.config_files import config_hash
 from rlrestore.credit import Credit
 from rlrestore.crew import Crew, Scored, StageTimes
 from rlrestore.curriculum import Curriculum

@@ -27,7 +27,8 @@ from rlrestore.checkpoint import (
     verify,
     write_json_atomic,
 )
-from rlrestore.config import ConfigError, RunConfig, dump, plain
+from rlrestore.config import RunConfig
+from rlrestore.config_files import ConfigError, dump, plain
 
 # Keys that may differ between a run and its continuation: they change no arithmetic of the iterations.
 FREE_KEYS = (

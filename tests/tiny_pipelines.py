@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from rlrestore.build import RESTORERS, build_restorer, load_train_config
-from rlrestore.config import Plugin, TrainConfig
+from rlrestore.config import TrainConfig
+from rlrestore.config_files import Plugin
 
 PROMPT = "restore the photo"
 

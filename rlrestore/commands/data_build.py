@@ -23,7 +23,7 @@ from envs.pipeline.review import ReviewServer
 from envs.pipeline.run import decided, run
 from envs.pipeline.store import BuildFolder
 from rlrestore.commands.data_check import open_user_index
-from rlrestore.config import ConfigError, dump, read_yaml, typed
+from rlrestore.config_files import ConfigError, dump, read_yaml, typed
 from rlrestore.errors import InputError
 
 STEPS, SAMPLES, TILE, OVERLAP = 8, 4, 256, 64  # of generate.kind=local, as `rlrestore restore` takes them

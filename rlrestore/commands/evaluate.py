@@ -19,7 +19,8 @@ import yaml
 from envs.base import Env
 from rlrestore.build import build_crew, build_evaluation, check_parts, load_train_config
 from rlrestore.checkpoint import read_json, read_manifest, verify
-from rlrestore.config import ConfigError, TrainConfig, plain
+from rlrestore.config import TrainConfig
+from rlrestore.config_files import ConfigError, plain
 from rlrestore.crew import StageTimes
 from rlrestore.evaluate import Evaluation, Measured, MetricRow, caveats, compare, table
 from rlrestore.loop import images_trained, result_json

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from envs.images import SUFFIXES, checked_size, image_files, load_rgb, open_image
 from rlrestore.build import RESTORERS, best_device, build_restorer
 from rlrestore.checkpoint import MANIFEST, verify
-from rlrestore.config import Plugin
+from rlrestore.config_files import Plugin
 from rlrestore.errors import InputError
 from rlrestore.quiet import quiet
 from rlrestore.restoration import check_tiling, restore_pixels, tile_count

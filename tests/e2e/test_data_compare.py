@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from envs.pipeline.process import png_of
 from envs.pipeline.ranking import bradley_terry, ranking
 from rlrestore.commands.data_compare import run_compare
-from rlrestore.config import ConfigError
+from rlrestore.config_files import ConfigError
 from tests.fake_api import SECRET, Fault, serving
 from tests.unit.test_manifest import picture
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from rlrestore.build import build_crew, check_parts, load_train_config
-from rlrestore.config import TrainConfig, read_yaml
+from rlrestore.config import TrainConfig
+from rlrestore.config_files import read_yaml
 from rlrestore.crew import StageTimes
 from tests.tiny import iterate
 from tests.tiny_pipelines import prompt_options, save_pipeline

@@ -11,7 +11,8 @@ from torch import Tensor
 from rewards.differentiable import DifferentiableMix
 from rewards.rubric import Rubric
 from rlrestore.build import build_crew, build_env, build_term
-from rlrestore.config import ConfigError, TrainConfig
+from rlrestore.config import TrainConfig
+from rlrestore.config_files import ConfigError
 from rlrestore.crew import LocalCrew, StageTimes
 from rlrestore.stages import combine, make_chunks, rollout_chain
 from tests.tiny import iterate, tiny_config

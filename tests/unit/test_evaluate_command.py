@@ -11,7 +11,7 @@ import pytest
 from envs.types import Task
 from rlrestore.commands.evaluate import run_evaluate
 from rlrestore.commands.train import run_train
-from rlrestore.config import ConfigError
+from rlrestore.config_files import ConfigError
 from rlrestore.evaluate import caveats
 
 CONFIG = """

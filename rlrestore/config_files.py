@@ -1,0 +1,210 @@
+"""Typed configs from sparse YAML: unknown keys die with the nearest name, nothing is repaired silently.
+
+Order: defaults < file < `key=value` from the command line. Environment variables cannot be read from a config
+(`oc.env` would copy secrets into the run directory). Errors are `ConfigError`: one line that names file, key and remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rewards.registry import reward_spec
+from rewards.rubric import TermConfig
+from rlrestore.config import TrainConfig
+
+OmegaConf.clear_resolver("oc.env")
+
+
+class ConfigError(ValueError):
+    """The user's config is wrong; the message says where and what to do. Exit code 64."""
+
+
+PluginSchemas = Mapping[str, Mapping[str, type]]  # section -> kind -> dataclass
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """File, over the one that its key `base` names, plus `key=value` overrides, as plain data."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config {path} does not exist; the shipped ones are in configs/")
+    try:
+        loaded = _with_base(path)
+        dotlist = OmegaConf.from_dotlist(list(overrides))
+        data = OmegaConf.to_container(OmegaConf.merge(loaded, dotlist), resolve=True)
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {_one_line(error)}") from error
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"'{override}' is not key=value, e.g. run.steps=20")
+    return data  # type: ignore[return-value]
+
+
+def _with_base(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
+    """A file merged onto its base, whose path is relative to the file.
+
+    A section of another `kind` starts anew; `rewards: {NAME: null}` drops a term.
+    """
+    loaded = OmegaConf.load(path)
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: expected sections such as 'run:' and 'env:' at the top level")
+    if "base" not in loaded:
+        return loaded
+    named = loaded.pop("base")
+    if not isinstance(named, str) or not (base := path.parent / named).is_file():
+        raise ConfigError(f"{path}: base '{named}' does not exist; it is a path from {path.parent}")
+    if base.resolve() in above:
+        raise ConfigError(f"{path}: base '{named}' leads back to itself")
+    below = _with_base(base, (*above, path.resolve()))
+    for section, given in loaded.items():
+        if isinstance(given, DictConfig) and given.get("kind", None) not in (
+            None,
+            (below.get(section) or {}).get("kind"),
+        ):
+            below.pop(section, None)
+    for name in [name for name, term in (loaded.get("rewards") or {}).items() if term is None]:
+        if name in (below.get("rewards") or {}):  # a term that the base has and this one has not
+            below.rewards.pop(name)
+            loaded.rewards.pop(name)
+    return OmegaConf.merge(below, loaded)  # type: ignore[return-value]
+
+
+def typed(schema: type, data: Mapping[str, Any], plugins: PluginSchemas, where: str) -> Any:
+    """Plain data -> `schema`, with plug-in sections resolved by their `kind`."""
+    types = get_type_hints(schema)
+    for key in data:
+        if key not in types:
+            raise ConfigError(f"{where}: unknown section '{key}'.{_nearest(key, types)}")
+    values: dict[str, Any] = {}
+    for name in types:
+        given = data.get(name)
+        if name == "rewards":
+            values[name] = _terms(given, f"{where}: rewards", "reward")
+        elif name in plugins:
+            values[name] = _plugin(given, plugins[name], f"{where}: {name}")
+        else:
+            values[name] = _section(types[name], given or {}, f"{where}: {name}")
+    if schema is TrainConfig:
+        values["evaluate"].gold = _terms(values["evaluate"].gold, f"{where}: evaluate.gold", "gold")
+    return schema(**values)
+
+
+@dataclass
+class Plugin:
+    """A plug-in section after typing: which one, and its own config."""
+
+    kind: str
+    config: Any
+
+
+def plain(config: Any) -> Any:
+    """Typed config -> plain data that `read_yaml` would have given (the resolved config)."""
+    if isinstance(config, Plugin):
+        return {"kind": config.kind, **plain(config.config)}
+    if isinstance(config, TermConfig):  # name and role follow from where the term stands
+        return {key: plain(value) for key, value in vars(config).items() if key not in ("name", "role")}
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {item.name: plain(getattr(config, item.name)) for item in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [plain(value) for value in config]
+    return config
+
+
+def dump(config: Any) -> str:
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def config_hash(config: Any) -> str:
+    """sha256 of the resolved config: equal hashes mean equal runs."""
+    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()
+
+
+def _section(schema: type, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} must hold keys, not {data!r}")
+    names = [item.name for item in dataclasses.fields(schema)]
+    for key in data:
+        if key not in names:
+            raise ConfigError(f"{where}.{key}: unknown key.{_nearest(str(key), names)}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), DictConfig(dict(data)))
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{where}.{missing[0]} is missing; set it in the file or with {missing[0]}=...")
+        return _tuples(OmegaConf.to_object(merged), schema)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {_one_line(error)}") from error
+
+
+def _tuples(instance: Any, schema: type) -> Any:
+    for item in dataclasses.fields(schema):
+        if "tuple" in str(item.type) and isinstance(getattr(instance, item.name), list):
+            setattr(instance, item.name, tuple(getattr(instance, item.name)))
+    return instance
+
+
+def _plugin(data: Any, schemas: Mapping[str, type], where: str) -> Plugin:
+    data = dict(data or {})
+    kind = data.pop("kind", None)
+    if kind is None:
+        raise ConfigError(f"{where}.kind is missing; choose one of {', '.join(sorted(schemas))}")
+    if kind not in schemas:
+        raise ConfigError(f"{where}.kind '{kind}' is unknown.{_nearest(str(kind), schemas)}")
+    return Plugin(kind, _section(schemas[kind], data, where))
+
+
+def _terms(data: Any, where: str, role: str) -> dict[str, TermConfig]:
+    """Reward terms by name; `kind` defaults to the name, `params` are checked by the reward itself."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} must map names to terms, e.g. {{ssim: {{kind: ssim_rgb, weight: 1}}}}")
+    fields = {item.name: item for item in dataclasses.fields(TermConfig)}
+    terms = {}
+    for name, given in data.items():
+        given = {"kind": name, **(given or {}), "name": str(name), "role": role}
+        for key in given:
+            if key not in fields:
+                raise ConfigError(f"{where}.{name}.{key}: unknown key.{_nearest(str(key), fields)}")
+        try:
+            for key in ("weight", "scale", "floor", "timeout_s"):
+                if given.get(key) is not None:
+                    given[key] = float(given[key])
+            terms[str(name)] = TermConfig(**given)
+            reward_spec(given["kind"], given.get("params"))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{where}.{name}: {_one_line(error)}") from error
+    return terms
+
+
+def _nearest(key: str, names: Any) -> str:
+    near = difflib.get_close_matches(key, list(names), n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"{hint} Known: {', '.join(sorted(names))}."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def user_errors(make: Callable[[], Any], section: str) -> Any:
+    """A ValueError raised while a plug-in is built is the user's to mend: it becomes a ConfigError that names the section."""
+    try:
+        return make()
+    except ConfigError:
+        raise
+    except ValueError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(section.split(".")[0] + ".") else f"{section}: {text}") from error
