@@ -46,9 +46,16 @@ class Clock:
 
 
 def bare_seconds(
-    reports: Sequence[ProbeReport], chunk_rows: list[int], samplers: int, ranks: int, micro_batch: int, points: int
+    reports: Sequence[ProbeReport],
+    groups: int,
+    chunk_rows: list[int],
+    samplers: int,
+    ranks: int,
+    micro_batch: int,
+    points: int,
 ) -> float:
     """Seconds of one iteration's network arithmetic, spread evenly over samplers, then over ranks; slowest process."""
-    sample_s = max(report.sample_chunk_s for report in reports) * len(chunk_rows) / samplers
+    encode_s = max(report.encode_task_s for report in reports) * groups / samplers
+    sample_s = encode_s + max(report.sample_chunk_s for report in reports) * len(chunk_rows) / samplers
     micro_batches = sum(len(update) for update in plan_updates(chunk_rows, micro_batch, 1))
     return sample_s + max(report.train_micro_s for report in reports) * micro_batches * points / ranks

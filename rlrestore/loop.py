@@ -117,6 +117,7 @@ def _probe(run: Run, clock: Clock) -> None:
     chunks = make_chunks(run.env.draw(0, rollout.groups), rollout.samples, rollout.batch, config.run.seed, 0)
     clock.bare_iteration_s = bare_seconds(
         run.crew.probe(chunks[0], chain),
+        rollout.groups,
         [len(chunk.rows) for chunk in chunks],
         run.crew.samplers,
         run.crew.ranks,

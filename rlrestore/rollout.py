@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from envs.types import Task
 from rlrestore.diffusion.sampling import Chain, sample
 from rlrestore.restorers.base import Condition, Restorer
-from rlrestore.types import Chunk, Images, Latents
+from rlrestore.types import Chunk, Images, Latents, ProbeReport
 
 
 class Sampler:
@@ -39,6 +39,21 @@ class Sampler:
             len(seeds) * chain.evaluations, time.perf_counter() - start,
         )  # fmt: skip
         return images, Latents(chunk.index, z_0.cpu(), trajectory and trajectory.to("cpu"), version, weights_sha)
+
+    def probe(self, chunk: Chunk, chain: Chain, net: nn.Module, repeats: int = 4) -> ProbeReport:
+        """Seconds of encoding one LQ and of sampling one chunk, the fastest of some repeats; nothing of training."""
+        self.sample(chunk, chain, net, 0, "")  # warms up
+        encode_s, sample_s = [], []
+        for _ in range(repeats):
+            self.forget()
+            start = time.perf_counter()
+            self.condition(chunk)
+            encoded = time.perf_counter()
+            self.sample(chunk, chain, net, 0, "")
+            encode_s.append((encoded - start) / len(chunk.groups))
+            sample_s.append(time.perf_counter() - encoded)
+        self.forget()
+        return ProbeReport(min(encode_s), min(sample_s), 0.0)
 
     def forget(self) -> None:
         self._conditions.clear()

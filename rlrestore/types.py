@@ -99,6 +99,7 @@ class UpdateReport:
 class ProbeReport:
     """Seconds that the bare network takes in this process while its peers do the same."""
 
+    encode_task_s: float  # one LQ, which a group shares
     sample_chunk_s: float  # one chunk through the whole chain: forwards only
     train_micro_s: float  # one micro-batch at one point: the algorithm's forwards and one backward
 

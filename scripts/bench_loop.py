@@ -1,7 +1,8 @@
 """Loop efficiency of the three placements and both engines, in one table.
 
-Efficiency = the time that the same restorer's forwards and backwards take in a bare loop, measured in the same processes
-at the start of each run, over the wall time of an iteration (draw, sample, score with SSIM, credit, update, publish, log).
+Efficiency = the time that the same restorer's forwards and backwards take in a bare loop (the encoding of each LQ among
+them; the fastest of four measurements in the same processes at the start of each run), over the wall time of an iteration
+(draw, sample, score with SSIM, credit, update, publish, log).
 Every row is a real run of the quickstart's networks; the first iteration is left out. Run it on an idle machine:
 
     python scripts/bench_loop.py [--iterations 4] [--size 96] [--only colocated]

@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +179,7 @@ class RayCrew(Crew):
         samplers = fetch(
             [worker.probe.remote(chunk, chain) for worker in self.rollouts], self.limit_s, "the speed probe"
         )
-        return [ProbeReport(0.0, report.train_micro_s) for report in trainers] + samplers
+        return [replace(report, encode_task_s=0.0, sample_chunk_s=0.0) for report in trainers] + samplers
 
     # -- files -------------------------------------------------------------------------------------------------------
 

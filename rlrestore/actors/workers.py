@@ -114,18 +114,7 @@ class RolloutWorker:
         return self.sampler.sample(chunk, chain, self.network, self.version, self.weights_sha[:16])
 
     def probe(self, chunk: Chunk, chain: Chain) -> ProbeReport:
-        """Forwards only: training happens elsewhere."""
-        import time
-
-        from rlrestore.types import ProbeReport
-
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            self.sampler.sample(chunk, chain, self.network, self.version, "")
-            seconds.append(time.perf_counter() - start)
-        self.sampler.forget()
-        return ProbeReport(min(seconds[1:]), 0.0)
+        return self.sampler.probe(chunk, chain, self.network)
 
 
 class RewardWorker:
