@@ -1,4 +1,4 @@
-"""A server on loopback that speaks OpenAI's two APIs over real HTTP, with a script of faults and a till.
+"""A server on loopback that speaks OpenAI's and Gemini's APIs over real HTTP, with a script of faults and a till.
 
 It charges once for each Idempotency-Key that it answers with success, as a provider does; `charged` counts requests,
 `keys` the distinct ones. What it answers is the test's: a function of the photo that was sent.
@@ -11,6 +11,7 @@ import email.parser
 import email.policy
 import io
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -48,6 +49,10 @@ class FakeApi(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
+    @property
+    def gemini_url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1beta"
+
 
 @contextmanager
 def serving(script: Script) -> Iterator[FakeApi]:
@@ -66,16 +71,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        kind = {"/v1/images/edits": "edit", "/v1/chat/completions": "chat"}[self.path]
+        gemini = re.fullmatch(r"/v1beta/models/(.+):generateContent", self.path)
+        if gemini:
+            kind, pictures, text = _gemini(body, gemini[1])
+        else:
+            kind = {"/v1/images/edits": "edit", "/v1/chat/completions": "chat"}[self.path]
+            pictures, text = (_multipart if kind == "edit" else _chat)(self.headers["Content-Type"], body)
         key = self.headers["Idempotency-Key"]
         with self.server.lock:
             self.server.requests[kind] += 1
             self.server.seen[key] += 1
             times = self.server.seen[key]
-        if self.headers.get("Authorization") != f"Bearer {SECRET}":
+        if gemini and self.headers.get("x-goog-api-key") != SECRET:
+            self._send(400, b'{"error": {"status": "INVALID_ARGUMENT", "details": [{"reason": "API_KEY_INVALID"}]}}')
+            return
+        if not gemini and self.headers.get("Authorization") != f"Bearer {SECRET}":
             self._send(401, b'{"error": "bad key"}')
             return
-        pictures, text = (_multipart if kind == "edit" else _chat)(self.headers["Content-Type"], body)
         if kind == "edit" and not self.server.tell_model:
             text = text.split(" ", 1)[1]
         time.sleep(self.server.delay_s)
@@ -89,7 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with self.server.lock:
             self.server.answered[key] += 1
-        if isinstance(answer, bytes):
+        if gemini:
+            reply = _gemini_reply(answer)
+        elif isinstance(answer, bytes):
             reply = {
                 "data": [{"b64_json": base64.b64encode(answer).decode()}],
                 "usage": {"input_tokens": 1000, "output_tokens": 100},
@@ -130,6 +144,34 @@ def _chat(kind: str, body: bytes) -> tuple[list[np.ndarray], str]:
     content = json.loads(body)["messages"][0]["content"]
     urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
     return [_pixels(base64.b64decode(url.split(",")[1])) for url in urls], content[-1]["text"]
+
+
+def _gemini(body: bytes, model: str) -> tuple[str, list[np.ndarray], str]:
+    given = json.loads(body)
+    parts, config = given["contents"][0]["parts"], given["generationConfig"]
+    pictures = [_pixels(base64.b64decode(part["inlineData"]["data"])) for part in parts if "inlineData" in part]
+    text = parts[-1]["text"]
+    if config.get("responseModalities") != ["IMAGE"]:
+        return "chat", pictures, text
+    width, height = map(int, config["imageConfig"]["aspectRatio"].split(":"))
+    assert abs(pictures[0].shape[1] / pictures[0].shape[0] / (width / height) - 1) < 0.02, (
+        "sent in a shape it did not ask for"
+    )
+    return "edit", pictures, f"model={model} {text}"
+
+
+def _gemini_reply(answer: bytes | str) -> dict:
+    if isinstance(answer, bytes):
+        parts = [
+            {"text": "Here it is."},
+            {"inlineData": {"mimeType": "image/png", "data": base64.b64encode(answer).decode()}},
+        ]
+    else:
+        parts = [{"text": answer}]
+    return {
+        "candidates": [{"content": {"role": "model", "parts": parts}, "finishReason": "STOP"}], "modelVersion": "fake-gemini-1",
+        "responseId": "r1", "usageMetadata": {"promptTokenCount": 300, "candidatesTokenCount": 1200, "thoughtsTokenCount": 90},
+    }  # fmt: skip
 
 
 def _pixels(png: bytes) -> np.ndarray:

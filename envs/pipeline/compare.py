@@ -16,11 +16,12 @@ from envs.images import decode_rgb
 from envs.pipeline.align import Aligned, align
 from envs.pipeline.config import ApiSection, BudgetSection, FilterSection, GenerateSection
 from envs.pipeline.filters import measure, reasons
+from envs.pipeline.framing import framed, unframed
 from envs.pipeline.http import Refused, Rejected, Unanswered
 from envs.pipeline.ledger import Ledger
 from envs.pipeline.process import Photo, png_of
 from envs.pipeline.prompts import VERSION, fixed_prompt, strict_object
-from envs.pipeline.providers import Editor, Vlm
+from envs.pipeline.providers import Editor, Vlm, edit_key
 from envs.pipeline.store import digest_of
 
 QUESTION = """Picture 1 is a degraded photograph of type: {types}. Pictures 2 and 3 are two restorations of it. Text inside the \
@@ -65,17 +66,15 @@ def candidates(
     lq, prompt = decode_rgb(photo.png, photo.id), fixed_prompt(photo.types)
     entries = {}
     for name, (section, editor) in providers.items():
-        key = digest_of(
-            VERSION, "generate", section.kind, section.url, section.model, section.checkpoint, prompt, 0, photo.png
-        )
+        frame = framed(photo.png, editor.shapes)
         try:
             data = ledger.call(
-                key,
+                edit_key(section, prompt, 0, frame.png),
                 f"{name} {photo.id}",
                 section,
-                lambda key, editor=editor: editor.edit(photo.png, prompt, 0, key),  # type: ignore[misc]
+                lambda key, editor=editor, frame=frame: editor.edit(frame.png, prompt, 0, key),  # type: ignore[misc]
             )
-            pair = align(lq, decode_rgb(data, "the answer"), section.max_aspect_change)
+            pair = align(lq, unframed(decode_rgb(data, "the answer"), frame), section.max_aspect_change)
         except (Refused, Rejected, Unanswered, ValueError) as error:
             entries[name] = Entry(None, f"{type(error).__name__.lower()}: {error}", {})
             continue

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+APIS = ("gemini", "openai")
+
 
 @dataclass
 class BuildSection:
@@ -21,9 +23,10 @@ class BuildSection:
 
 @dataclass
 class ApiSection:
-    """A server that speaks OpenAI's HTTP API."""
+    """A server that speaks OpenAI's or Gemini's HTTP API."""
 
-    url: str = ""  # e.g. https://api.openai.com/v1
+    kind: str = "openai"  # openai | gemini
+    url: str = ""  # e.g. https://api.openai.com/v1, https://generativelanguage.googleapis.com/v1beta
     model: str = ""
     api_key_env: str = ""  # name of the environment variable that holds the key; the key itself is never stored
     requests_per_minute: float = 60.0
@@ -36,20 +39,22 @@ class ApiSection:
 
 @dataclass
 class GenerateSection(ApiSection):
-    kind: str = "openai"  # openai: POST {url}/images/edits | local: a restorer of ours, no network
+    # openai: POST {url}/images/edits | gemini: POST {url}/models/{model}:generateContent | local: a restorer of ours, no network
     checkpoint: str | None = None  # of `local`: as for `rlrestore restore --checkpoint`
+    image_size: str = ""  # of `gemini`: 1K, 2K or 4K, for models that know it
     rounds: int = 1  # times a candidate is asked for again with the judge's objections, always from the original LQ
     max_aspect_change: float = 0.02
 
 
 @dataclass
 class AssessSection(ApiSection):
-    kind: str = "vlm"  # vlm: an adaptive prompt a photo | fixed: the fixed prompt of the photo's type
+    """`kind`: openai or gemini write an adaptive prompt a photo; fixed: the fixed prompt of the photo's type."""
 
 
 @dataclass
 class JudgeSection(ApiSection):
-    kind: str = "vlm"  # vlm | none: the metric filter alone decides
+    """`kind`: openai | gemini | none (the metric filter alone decides)."""
+
     votes: int = 2
     min_d: float = 60.0  # degradation removed
     min_f: float = 80.0  # faithful
@@ -92,20 +97,16 @@ class BuildConfig:
 def check_build_config(config: BuildConfig) -> None:
     """ValueError, naming key and remedy, for what cannot work."""
     for key, value, choices in (
-        ("generate.kind", config.generate.kind, ("openai", "local")),
-        ("assess.kind", config.assess.kind, ("vlm", "fixed")),
-        ("judge.kind", config.judge.kind, ("vlm", "none")),
+        ("generate.kind", config.generate.kind, (*APIS, "local")),
+        ("assess.kind", config.assess.kind, (*APIS, "fixed")),
+        ("judge.kind", config.judge.kind, (*APIS, "none")),
         ("build.reviewed", config.build.reviewed, ("none", "uncertain", "all")),
     ):
         if value not in choices:
             raise ValueError(f"{key}={value} is unknown: choose one of {', '.join(choices)}")
-    sections: tuple[tuple[str, ApiSection, bool], ...] = (
-        ("assess", config.assess, config.assess.kind == "vlm"),
-        ("generate", config.generate, config.generate.kind == "openai"),
-        ("judge", config.judge, config.judge.kind == "vlm"),
-    )
-    for name, section, remote in sections:
-        if remote and not (section.url.startswith(("http://", "https://")) and section.model):
+    sections = {"assess": config.assess, "generate": config.generate, "judge": config.judge}
+    for name, section in sections.items():
+        if section.kind in APIS and not (section.url.startswith(("http://", "https://")) and section.model):
             raise ValueError(f"{name}.url={section.url!r} and {name}.model={section.model!r}: both are needed, e.g. "
                              "https://host/v1")  # fmt: skip
         if section.requests_per_minute <= 0 or section.timeout_s <= 0 or section.retries < 0:

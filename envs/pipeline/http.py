@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import requests
 
 MAX_BODY = 2**28  # bytes of an answer
 LONGEST_WAIT_S = 60.0
+OPENAI_KEY, GEMINI_KEY = "Authorization", "x-goog-api-key"  # the header that carries the key
 REFUSAL_CODES = ("content_policy_violation", "moderation_blocked", "content_filter", "safety")
 
 
@@ -58,9 +60,9 @@ class Api:
 
     def __init__(
         self, url: str, api_key_env: str, per_minute: float, timeout_s: float, retries: int,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] = time.sleep, key_header: str = OPENAI_KEY,
     ) -> None:  # fmt: skip
-        self.url, self._key_env = url.rstrip("/"), api_key_env
+        self.url, self._key_env, self._key_header = url.rstrip("/"), api_key_env, key_header
         self._timeout_s, self._retries = timeout_s, retries
         self._limit, self._sleep = RateLimit(per_minute, sleep), sleep
 
@@ -78,7 +80,7 @@ class Api:
                     f"{self.url}/{path}", headers=self._headers(idempotency_key), timeout=self._timeout_s,
                     allow_redirects=False, stream=True, **body,
                 ) as response:  # fmt: skip
-                    content = response.raw.read(MAX_BODY + 1, decode_content=True)
+                    content = self._redacted(response.raw.read(MAX_BODY + 1, decode_content=True))
             except (requests.RequestException, OSError) as error:
                 reason = f"{type(error).__name__} after at most {self._timeout_s:g} s"
             else:
@@ -86,7 +88,7 @@ class Api:
                     return _object(content)
                 reason = self._failure(response.status_code, content)
                 if response.status_code == 429:
-                    wait_s = min(LONGEST_WAIT_S, _number(response.headers.get("Retry-After"), wait_s))
+                    wait_s = min(LONGEST_WAIT_S, _retry_after(response.headers.get("Retry-After"), content, wait_s))
                     self._limit.hold(wait_s)
             if attempt < self._retries:
                 self._sleep(wait_s)
@@ -98,13 +100,13 @@ class Api:
             key = os.environ.get(self._key_env)
             if not key:
                 raise WrongKeyError(f"environment variable {self._key_env} is not set: export it and run again")
-            headers["Authorization"] = f"Bearer {key}"
+            headers[self._key_header] = f"Bearer {key}" if self._key_header == OPENAI_KEY else key
         return headers
 
     def _failure(self, status: int, content: bytes) -> str:
         """The reason for a retry; what is final is raised."""
-        text = self._redacted(content[:300].decode("utf-8", "replace"))
-        if status in (401, 403):
+        text = content[:300].decode("utf-8", "replace")
+        if status in (401, 403) or (status == 400 and b"API_KEY_INVALID" in content):  # the latter is Gemini's
             raise WrongKeyError(f"{self.url} answers {status}: the key in ${self._key_env or '(none)'} is not accepted")
         if any(code in text for code in REFUSAL_CODES):
             raise Refused(text)
@@ -112,9 +114,10 @@ class Api:
             raise Rejected(f"{self.url} answers {status}: {text}")
         return f"status {status}"
 
-    def _redacted(self, text: str) -> str:
-        key = os.environ.get(self._key_env or "", "")
-        return text.replace(key, "[key]") if key else text
+    def _redacted(self, content: bytes) -> bytes:
+        """What a server says without the key, which some echo: answers are kept and shown."""
+        key = os.environ.get(self._key_env or "", "").encode()
+        return content.replace(key, b"[key]") if key else content
 
 
 def _object(content: bytes) -> dict[str, Any]:
@@ -129,8 +132,10 @@ def _object(content: bytes) -> dict[str, Any]:
     return answer
 
 
-def _number(text: str | None, default: float) -> float:
+def _retry_after(header: str | None, content: bytes, default: float) -> float:
+    """Seconds to wait by the header, or by the `retryDelay: "7s"` that Gemini puts into the body."""
+    told = re.search(rb'"retryDelay":\s*"([0-9.]+)s"', content)
     try:
-        return max(0.0, float(text or ""))
+        return max(0.0, float(header or (told[1] if told else b"")))
     except ValueError:
         return default

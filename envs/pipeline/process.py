@@ -19,6 +19,7 @@ from envs.images import decode_rgb
 from envs.pipeline.align import Aligned, align
 from envs.pipeline.config import BuildConfig
 from envs.pipeline.filters import measure, reasons
+from envs.pipeline.framing import framed, unframed
 from envs.pipeline.http import Refused, Rejected, Unanswered
 from envs.pipeline.ledger import Ledger
 from envs.pipeline.prompts import (
@@ -31,7 +32,7 @@ from envs.pipeline.prompts import (
     read_diagnosis,
     read_verdict,
 )
-from envs.pipeline.providers import Editor, Vlm
+from envs.pipeline.providers import Editor, Vlm, edit_key
 from envs.pipeline.store import Blobs, digest_of
 
 PARSE_TRIES = 2
@@ -115,16 +116,15 @@ def _round(
     prompt = fixed_prompt(photo.types) if diagnosis is None else adaptive_prompt(photo.types, diagnosis, objections)
     outcome.prompt, outcome.stage = prompt, "generate"
     section, seed = config.generate, config.build.seed + number
-    key = digest_of(
-        VERSION, "generate", section.kind, section.url, section.model, section.checkpoint, prompt, seed, photo.png
-    )
+    frame = framed(photo.png, tools.editor.shapes)
     data = tools.ledger.call(
-        key, f"generate {photo.id}", section, lambda key: tools.editor.edit(photo.png, prompt, seed, key)
-    )
+        edit_key(section, prompt, seed, frame.png), f"generate {photo.id}", section,
+        lambda key: tools.editor.edit(frame.png, prompt, seed, key),
+    )  # fmt: skip
     entry: dict[str, Any] = {"candidate": tools.blobs.put(data), "prompt": prompt}
     outcome.rounds.append(entry)
     outcome.stage = "align"
-    pair = align(lq, decode_rgb(data, "the answer"), section.max_aspect_change)
+    pair = align(lq, unframed(decode_rgb(data, "the answer"), frame), section.max_aspect_change)
     outcome.stage = "filter"
     entry["values"] = measure(pair)
     entry["reasons"] = reasons(entry["values"], config.filter, photo.types)

@@ -6,7 +6,7 @@ import getpass
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from envs.images import decode_rgb
-from envs.pipeline.config import BuildConfig, check_build_config
+from envs.pipeline.config import ApiSection, BuildConfig, GenerateSection, check_build_config
+from envs.pipeline.gemini import GeminiEditor, GeminiVlm
 from envs.pipeline.ledger import Ledger
 from envs.pipeline.process import REVIEW, Outcome, Tools, png_of
-from envs.pipeline.providers import Editor, LocalEditor, OpenAIEditor, Restore, Vlm
+from envs.pipeline.providers import Editor, LocalEditor, OpenAIEditor, OpenAIVlm, Restore, Vlm
 from envs.pipeline.publish import publish, report
 from envs.pipeline.review import ReviewServer
 from envs.pipeline.run import decided, run
@@ -26,6 +27,8 @@ from rlrestore.commands.data_check import open_user_index
 from rlrestore.config_files import ConfigError, dump, read_yaml, typed
 from rlrestore.errors import InputError
 
+EDITORS: dict[str, Callable[[GenerateSection], Editor]] = {"gemini": GeminiEditor, "openai": OpenAIEditor}
+VLMS: dict[str, Callable[[ApiSection], Vlm]] = {"gemini": GeminiVlm, "openai": OpenAIVlm}
 STEPS, SAMPLES, TILE, OVERLAP = 8, 4, 256, 64  # of generate.kind=local, as `rlrestore restore` takes them
 
 
@@ -43,7 +46,7 @@ def run_build(config_path: Path, overrides: list[str]) -> Built:
     index = open_user_index(Path(config.build.source), Path(config.build.root) if config.build.root else None)
     with opened(config, dump(config)) as folder:
         ledger = Ledger(folder.calls, folder.blobs, config.budget)
-        tools = Tools(ledger, folder.blobs, make_editor(config), *make_vlms(config))
+        tools = Tools(ledger, folder.blobs, make_editor(config), make_vlm(config.assess), make_vlm(config.judge))
         try:
             with tqdm(total=len(index), desc="building", unit="photo") as bar:
                 found = run(index, config, folder, tools, lambda _: bar.update())
@@ -105,14 +108,14 @@ def opened(config: BuildConfig, text: str = "") -> Iterator[BuildFolder]:
 
 def make_editor(config: BuildConfig) -> Editor:
     section = config.generate
-    return LocalEditor(local_restorer(section.checkpoint)) if section.kind == "local" else OpenAIEditor(section)
-
-
-def make_vlms(config: BuildConfig) -> tuple[Vlm | None, Vlm | None]:
     return (
-        Vlm(config.assess) if config.assess.kind == "vlm" else None,
-        Vlm(config.judge) if config.judge.kind == "vlm" else None,
+        LocalEditor(local_restorer(section.checkpoint)) if section.kind == "local" else EDITORS[section.kind](section)
     )
+
+
+def make_vlm(section: ApiSection) -> Vlm | None:
+    """None for the kinds that ask nobody (`fixed`, `none`)."""
+    return VLMS[section.kind](section) if section.kind in VLMS else None
 
 
 def local_restorer(checkpoint: str | None) -> Restore:

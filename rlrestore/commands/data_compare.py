@@ -14,10 +14,9 @@ from tqdm import tqdm
 
 from envs.degradations.jpeg import from_uint8_hwc
 from envs.pipeline.compare import CompareConfig, Entry, candidates, duel
-from envs.pipeline.config import BuildConfig, BuildSection, check_build_config
+from envs.pipeline.config import APIS, BuildConfig, BuildSection, check_build_config
 from envs.pipeline.ledger import Ledger
 from envs.pipeline.process import Photo
-from envs.pipeline.providers import Vlm
 from envs.pipeline.ranking import ranking
 from envs.pipeline.run import photos
 from envs.pipeline.store import BuildFolder
@@ -25,7 +24,7 @@ from envs.sources.rows import primary_type
 from envs.types import Restoration, Task
 from rewards.base import Reward
 from rlrestore.build import build_term
-from rlrestore.commands.data_build import make_editor
+from rlrestore.commands.data_build import make_editor, make_vlm
 from rlrestore.commands.data_check import open_user_index
 from rlrestore.config_files import ConfigError, dump, read_yaml, typed
 from rlrestore.errors import InputError
@@ -50,7 +49,7 @@ def run_compare(config_path: Path, overrides: list[str]) -> dict[str, Any]:
                                             long_edge=section.long_edge))  # fmt: skip
         chosen = [item for item in photos(index, as_build, {}) if isinstance(item, Photo)][: section.photos]
         providers = {name: (one.generate, make_editor(one)) for name, one in sections.items()}
-        judge = Vlm(config.judge) if config.judge.url else None
+        judge = make_vlm(config.judge) if config.judge.url else None
         results: list[Result] = []
         for photo in tqdm(chosen, desc="comparing", unit="photo"):
             entries = candidates(photo, providers, config.filter, ledger)
@@ -76,6 +75,8 @@ def load_compare_config(path: Path, overrides: list[str]) -> tuple[CompareConfig
     if len(providers) < 2 or config.compare.photos < 1:
         raise ConfigError(f"{path}: providers has {len(providers)} and compare.photos is {config.compare.photos}: "
                           "at least 2 and 1 are needed")  # fmt: skip
+    if config.judge.kind not in APIS:
+        raise ConfigError(f"{path}: judge.kind={config.judge.kind} is unknown: choose one of {', '.join(APIS)}")
     sections = {}
     for name, options in providers.items():
         data = {

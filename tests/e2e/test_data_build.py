@@ -32,7 +32,7 @@ from envs.pipeline.config import ApiSection
 from envs.pipeline.http import Refused, Rejected, Unanswered, WrongKeyError
 from envs.pipeline.ledger import BudgetError
 from envs.pipeline.process import Outcome, png_of
-from envs.pipeline.providers import Vlm
+from envs.pipeline.providers import OpenAIVlm
 from envs.pipeline.review import ReviewServer
 from envs.pipeline.store import BuildFolder
 from envs.rng import generator_for
@@ -268,9 +268,9 @@ def test_a_server_that_is_down_defers_and_is_asked_later(lq_folder, world: World
 def answer_of(script, retries: int = 1) -> tuple[FakeApi, str]:  # type: ignore[no-untyped-def]
     """The server after one question, and the error's text."""
     with serving(script) as api:
-        section = ApiSection(api.url, "m", "FAKE_KEY", 60_000, 0.3, retries)
+        section = ApiSection("openai", api.url, "m", "FAKE_KEY", 60_000, 0.3, retries)
         with pytest.raises((Unanswered, Rejected, Refused)) as error:
-            Vlm(section).ask([], "?", 0, "key")
+            OpenAIVlm(section).ask([], "?", 0, "key")
         return api, f"{type(error.value).__name__}: {error.value}"
 
 
