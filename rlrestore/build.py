@@ -21,9 +21,10 @@ from rewards.registry import build_reward
 from rewards.rubric import FailureBudget, Rubric, TermConfig
 from rlrestore.algorithms.base import Algorithm
 from rlrestore.algorithms.registry import ALGORITHMS
+from rlrestore.board import headline, hyperparameters, layout
 from rlrestore.checks import check_config, check_needs, check_times
 from rlrestore.config import FinetuneConfig, RegulariseConfig, TrainConfig, all_terms
-from rlrestore.config_files import ConfigError, Plugin, PluginSchemas, read_yaml, typed, user_errors
+from rlrestore.config_files import ConfigError, Plugin, PluginSchemas, plain, read_yaml, typed, user_errors
 from rlrestore.crew import Crew, LocalCrew, StageTimes
 from rlrestore.curriculum import Curriculum
 from rlrestore.engine.base import Engine, EngineOptions
@@ -37,6 +38,7 @@ from rlrestore.restorers.base import Restorer
 from rlrestore.restorers.registry import RESTORERS
 from rlrestore.rundir import RunDir, now, versions
 from rlrestore.scoring import Scorer
+from rlrestore.sinks import open_sinks
 from rlrestore.stages import evaluation_chain
 
 
@@ -156,6 +158,18 @@ def build_evaluation(config: TrainConfig, env: Env) -> Evaluation:
     )  # fmt: skip
 
 
+def build_log(config: TrainConfig, folder: RunDir) -> RunLog:
+    """The run's log, with what it needs once: the layout of its charts and its row of hyperparameters."""
+    first = int(folder.resume_from.name.removeprefix("step_")) if folder.resume_from else 0
+    params = hyperparameters(plain(config))
+    sinks = open_sinks(config.log.sinks, config.log.project, folder.run_id(), folder.path, params)
+    log = RunLog(folder.path, purge_step=first + 1 if first else 0, sinks=sinks)
+    terms = all_terms(config)
+    log.custom_layout(layout(list(config.rewards)))
+    log.hparams(params, headline({name: term.role for name, term in terms.items()}))
+    return log
+
+
 def build_run(config: TrainConfig, folder: RunDir, env: Env) -> Run:
     """Everything of a run, brought to where its checkpoint left it. The caller closes `run.crew`."""
     torch.manual_seed(config.run.seed)  # nothing draws from the global generator; this makes a mistake repeatable
@@ -171,8 +185,7 @@ def build_run(config: TrainConfig, folder: RunDir, env: Env) -> Run:
     try:
         folder.write_config(config)
         folder.write_facts(kind="train", started=now(), versions=versions(), data=env.fingerprint(), exit="running")
-        first = int(folder.resume_from.name.removeprefix("step_")) if folder.resume_from else 0
-        log = RunLog(folder.path, purge_step=first + 1 if first else 0)
+        log = build_log(config, folder)
         run = Run(
             config,
             env,

@@ -18,6 +18,7 @@ from rlrestore.diffusion.kernels import DRIFT_KERNELS, KERNELS
 from rlrestore.diffusion.solvers import SOLVERS
 from rlrestore.engine.build import ENGINES
 from rlrestore.restorers.base import Restorer
+from rlrestore.sinks import check_sinks
 from rlrestore.stages import chain_times
 
 PLACEMENTS = ("colocated", "local", "separate")
@@ -25,6 +26,7 @@ PLACEMENTS = ("colocated", "local", "separate")
 
 def check_config(config: TrainConfig, algorithm: Algorithm) -> None:
     """ConfigError for what cannot work, before anything is built; `algorithm` is the config's own."""
+    check_sinks(config.log.sinks)
     _check_choices(config)
     _check_numbers(config)
     _check_sampling(config, algorithm)

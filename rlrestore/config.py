@@ -156,7 +156,9 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    image_tasks: int = 4
+    image_tasks: int = 4  # held-out photos in the sample grid
+    sinks: tuple[str, ...] = ()  # beside TensorBoard and metrics.jsonl: trackio, wandb
+    project: str = "rlrestore"  # of the sinks
 
 
 @dataclass

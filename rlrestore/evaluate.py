@@ -16,6 +16,7 @@ from torch import Tensor
 
 from envs.types import Task
 from rewards.rubric import Rubric
+from rlrestore.board import correlation_RR
 from rlrestore.crew import Crew, Scored
 from rlrestore.diffusion.sampling import Chain
 from rlrestore.pictures import grid
@@ -75,6 +76,12 @@ class Evaluation:
         values = {name: table.raw_RN[index].reshape(shape) for index, name in enumerate(table.names)}
         values["mix"] = table.mix_N.reshape(shape)
         return Measured(values, self._first_samples(scored))
+
+    def agreement(self, measured: Measured) -> tuple[Tensor, list[str]]:
+        """How the mix, rewards and gold metrics agree over the seeds of a task ([R, R], names); higher is better in all."""
+        signs = dict(zip(self.rubric.names, self.rubric.sign_R.tolist(), strict=True))
+        names = ["mix", *self.rubric.names]
+        return correlation_RR(torch.stack([signs.get(name, 1.0) * measured.values[name] for name in names])), names
 
     def grid(self, base: Measured, tuned: Measured) -> Tensor:
         """LQ | base | tuned | GT at equal noise."""

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from envs.base import Env
 from envs.types import Task
+from rlrestore.board import hyperparameters
 from rlrestore.checkpoint import load_tensors, new_checkpoint, retain, save_tensors
 from rlrestore.config import FinetuneConfig, OptimiserConfig
-from rlrestore.config_files import config_hash
+from rlrestore.config_files import config_hash, plain
 from rlrestore.diffusion.sampling import Chain, sample
 from rlrestore.log import RunLog
 from rlrestore.lr import cosine_factor, wsd_factor
@@ -54,6 +55,7 @@ def finetune(
     state = _start(restorer, options)
     first = _resume(state, resume_from)
     log = RunLog(run_dir, purge_step=first + 1 if first else 0)  # step k of the log is written once k steps are done
+    log.hparams(hyperparameters(plain(config)), ["eval/psnr_rgb/sample", "eval/psnr_rgb/mean_of_samples"])
     progress = tqdm(total=config.run.steps, initial=first, unit="step", desc=config.run.name, smoothing=0.02)
     tasks = env.held_out(config.evaluate.tasks)
     for step, (lq, gt) in enumerate(_batches(env, options, first, config.run.steps), start=first):

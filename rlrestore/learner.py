@@ -133,6 +133,7 @@ class Learner:
         start = time.perf_counter()
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         maxima: dict[str, float] = {}
+        spreads: dict[str, list[float]] = defaultdict(list)
         grad_norms: list[float] = []
         skipped, lr = 0, 0.0
         self.policies.rows.clear()
@@ -152,6 +153,8 @@ class Learner:
                         raise NonFiniteError(_what_is_not_finite(loss, request.iteration))
                     self.engine.backward(value)
                     _add(sums, maxima, loss, batch.weight_B, on_policy)
+                    for name, value_B in loss.spreads.items():
+                        spreads[name] += value_B[batch.weight_B > 0].tolist()
             lr = self.lr * warmup_factor(self.optimiser_steps, self.warmup)
             grad_norms.append(self.engine.step(lr))
             self.optimiser_steps += 1
@@ -161,6 +164,7 @@ class Learner:
         return UpdateReport(
             {name: (value, weight) for name, (value, weight) in sums.items()},
             maxima, tuple(grad_norms), lr, skipped, dict(self.policies.rows), time.perf_counter() - start,
+            {name: tuple(values) for name, values in spreads.items()},
         )  # fmt: skip
 
     def _loss(self, policies: Policies, batch: Batch, point: Point) -> Loss:

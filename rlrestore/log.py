@@ -11,23 +11,27 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import SummaryWriter, summary
 
 from rlrestore.pictures import to_pil
+from rlrestore.sinks import Sink
 
 CLOCK_PREFIXES = ("time/", "throughput/")
 
 
 class RunLog:
-    """Opens or continues the log of a run. `purge_step=k` on resume: everything logged at steps >= k is dropped."""
+    """Opens or continues the log of a run. `purge_step=k` on resume: everything logged at steps >= k is dropped.
 
-    def __init__(self, run_dir: Path | str, purge_step: int | None = None) -> None:
-        self.run_dir = Path(run_dir)
+    `sinks` get the same scalars, pictures and texts; the log closes them.
+    """
+
+    def __init__(self, run_dir: Path | str, purge_step: int | None = None, sinks: Sequence[Sink] = ()) -> None:
+        self.run_dir, self._sinks = Path(run_dir), tuple(sinks)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.metrics_path = self.run_dir / "metrics.jsonl"
         _repair(self.metrics_path, purge_step)
@@ -43,6 +47,13 @@ class RunLog:
         self._metrics.write(json.dumps({"step": step, "time": time.time(), **numbers}) + "\n")
         for tag, value in numbers.items():
             self._board.add_scalar(tag, value, step)
+        for sink in self._sinks:
+            sink.scalars(step, numbers)
+
+    def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
+        """Any number of values, to TensorBoard alone; none are not logged."""
+        if len(values):
+            self._board.add_histogram(tag, values, step)
 
     def image(self, step: int, tag: str, picture: Tensor) -> Path:
         """[3, H, W] in [0, 1] to TensorBoard and to samples/step_<step>/<tag>.png, whose path is returned."""
@@ -51,15 +62,25 @@ class RunLog:
         picture_8bit = to_pil(picture)
         picture_8bit.save(path)
         self._board.add_image(tag, picture.detach().float().clamp(0, 1).cpu(), step)
+        for sink in self._sinks:
+            sink.image(step, tag, path)
         return path
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         self._board.add_text(tag, markdown, step)
+        for sink in self._sinks:
+            sink.text(step, tag, markdown)
 
-    def hparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """For TensorBoard's HParams table; values that are not bool, number or string are shown as their repr."""
-        shown = {name: v if isinstance(v, (bool, int, float, str)) else repr(v) for name, v in params.items()}
-        self._board.add_hparams(shown, dict(metrics), run_name=".")
+    def hparams(self, params: Mapping[str, bool | int | float | str], metric_tags: Sequence[str]) -> None:
+        """A row of TensorBoard's HParams table, once at the start; `metric_tags` are scalars that the run logs anyway.
+
+        Written into the run's own event file: `SummaryWriter.add_hparams` opens another one, after which TensorBoard reads no
+        more of the first.
+        """
+        experiment, start, _ = summary.hparams(dict(params), dict.fromkeys(metric_tags, 0.0))
+        writer = self._board._get_file_writer()
+        writer.add_summary(experiment)
+        writer.add_summary(start)
 
     def custom_layout(self, layout: Mapping[str, Mapping[str, list]]) -> None:
         """{group: {chart: ["Multiline", [tag or regex, ...]] or ["Margin", [mean, low, high]]}}, once at the start."""
@@ -76,6 +97,8 @@ class RunLog:
             self.flush()
             self._metrics.close()
             self._board.close()
+            for sink in self._sinks:
+                sink.close()
 
     def __enter__(self) -> RunLog:
         return self

@@ -17,6 +17,7 @@ from envs.base import Env
 from envs.types import Task
 from rewards.rubric import FailureBudget, Rubric, RubricScores
 from rlrestore.algorithms.base import Algorithm
+from rlrestore.board import log_groups, log_histograms, matrix_picture
 from rlrestore.checkpoint import new_checkpoint, read_json, retain, write_json_atomic
 from rlrestore.clock import Clock, bare_seconds
 from rlrestore.config import TrainConfig
@@ -100,6 +101,8 @@ def train(run: Run) -> dict[str, MetricRow]:
 
             done = iteration + 1
             _report(run, done, tasks, scores, credit, reports, rollouts, clock)
+            if _due(done, config.evaluate.every) or done in (1, config.run.steps):
+                log_groups(run.log, done, tasks, rollouts, scores, credit)
             _show(progress, scores)
             if _due(done, config.evaluate.every) and done < config.run.steps:
                 _evaluate(run, base, done)
@@ -160,6 +163,7 @@ def _report(
             **clock.stop(run.config.rollout.groups * run.config.rollout.samples),
         },
     )
+    log_histograms(run.log, done, credit, reports)
 
 
 def _show(progress: tqdm, scores: RubricScores) -> None:
@@ -173,6 +177,9 @@ def _evaluate(run: Run, base: Measured, done: int) -> tuple[dict[str, MetricRow]
     rows = compare(base, tuned, run.evaluation.rubric)
     _log_rows(run, rows, done)
     picture = run.log.image(done, "eval/lq_base_tuned_gt", run.evaluation.grid(base, tuned))
+    if run.config.evaluate.samples > 1:
+        agreement, names = run.evaluation.agreement(tuned)
+        run.log.image(done, "eval/correlation", matrix_picture(agreement, names))
     return rows, str(picture)
 
 

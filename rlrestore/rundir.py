@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shutil
 import sys
 import time
@@ -58,6 +59,15 @@ class RunDir:
         path = self.path / "run.json"
         known = read_json(path) if path.is_file() else {}
         write_json_atomic(path, {**known, **facts})
+
+    def run_id(self) -> str:
+        """Eight hex digits, the same after every resume; a run that starts anew has another."""
+        path = self.path / "run.json"
+        known = read_json(path).get("id") if path.is_file() else None
+        if known is None:
+            known = secrets.token_hex(4)
+            self.write_facts(id=known)
+        return known
 
     def write_result(self, result: Mapping[str, Any]) -> Path:
         write_json_atomic(self.path / "result.json", dict(result))

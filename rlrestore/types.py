@@ -7,7 +7,7 @@ S recorded steps, R rewards. `_s` seconds, `std_*` the std of a whole transition
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -93,6 +93,7 @@ class UpdateReport:
     skipped_steps: int  # planned steps without any kept sample
     rows: dict[str, int]  # evaluated by each network: current (with its backward), old, reference
     seconds: float
+    spreads: dict[str, tuple[float, ...]] = field(default_factory=dict)  # name -> every kept row, for histograms
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,9 @@ class Loss:
     metrics: dict[str, Tensor]  # name -> [B] detached, averaged over kept samples by the learner
     extremes: dict[str, Tensor]  # name -> [B] detached, of which the learner takes the maximum over kept samples
     visit: Visit
+    spreads: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # name -> [B] detached, logged as a histogram a step of the chain
 
 
 @dataclass(frozen=True)

@@ -100,4 +100,5 @@ class TrajectoryAlgorithm(Algorithm):
             "ratio_deviation_max": torch.expm1(log_ratio_B.detach()).abs(),
             "logp_deviation_max": (logp_B - trajectory.logp_NS[:, position]).abs(),
         }
-        return Loss(loss_B, metrics, extremes, Visit(z_t, t_B, v, v_reference))
+        spreads = {f"ratio/step_{step}": metrics["ratio_mean"]}
+        return Loss(loss_B, metrics, extremes, Visit(z_t, t_B, v, v_reference), spreads)

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -81,13 +82,20 @@ def test_images_text_hparams_and_layout(tmp_path):
     with RunLog(tmp_path) as log:
         path = log.image(120, "panel/coffee", picture)
         log.text(0, "config", "a: 1")
-        log.hparams({"lr": 1e-4, "rewards": {"judge": 1.0}, "window": None}, {"hparam/reward": 0.5})
+        log.hparams({"lr": 1e-4, "kind": "grpo"}, ["reward/mix/mean"])
+        log.histogram(120, "histogram/advantage", np.array([-1.0, 0.0, 1.0]))
+        log.histogram(120, "histogram/none", np.array([]))
         log.custom_layout({"rewards": {"mean": ["Multiline", ["reward/.*/mean"]]}})
     assert path == tmp_path / "samples" / "step_000120" / "panel_coffee.png"
     assert torch.equal(from_pil(Image.open(path)), picture)
     board = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert board.Images("panel/coffee")[0].step == 120
     assert {"config/text_summary", "custom_scalars__config__"} <= set(board.Tags()["tensors"])
+    assert board.Tags()["histograms"] == ["histogram/advantage"]
+    assert board.Histograms("histogram/advantage")[0].histogram_value.num == 3
+    assert set(board.PluginTagToContent("hparams")) == {"_hparams_/experiment", "_hparams_/session_start_info"}
+    # a second event file would end TensorBoard's reading of the first
+    assert len(list((tmp_path / "tb").iterdir())) == 1
 
 
 # ---- pictures
