@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 CELL_PX = 58
 LABEL_PX = 12
 STRIPS = 4  # groups shown at a time
+STRIP_PX = 96  # least width of a rollout in a strip
 # Sections whose values are hyperparameters; the others say where and how long, not what.
 HPARAM_SECTIONS = (
     "algorithm",
@@ -184,15 +185,21 @@ def group_strips(
     for part in rollouts:
         for index, row in enumerate(part.chunk.rows):
             if row.group < limit:
-                pixels[row.group, row.member] = part.images.pixels[index].float() / 255
+                pixels[row.group, row.member] = _readable(part.images.pixels[index].float() / 255)
     K = 1 + max(member for _, member in pixels)
     strips = []
     for group, task in enumerate(tasks[:limit]):
         mix_K = scores.mix_N[group * K : (group + 1) * K]
         order = torch.argsort(mix_K.nan_to_num(nan=-float("inf")), descending=True, stable=True).tolist()
         titles = [f"LQ\n{task.photo.rsplit('/', 1)[-1]}"] + [_caption(scores, credit, group * K + m) for m in order]
-        strips.append([grid([[task.lq, *(pixels[group, member] for member in order)]], titles)])
+        strips.append([grid([[_readable(task.lq), *(pixels[group, member] for member in order)]], titles)])
     return grid(strips)
+
+
+def _readable(picture: Tensor) -> Tensor:
+    """Whole pixels repeated until a title fits above."""
+    times = -(-STRIP_PX // picture.shape[2])
+    return picture.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
 def _caption(scores: RubricScores, credit: Credit, row: int) -> str:

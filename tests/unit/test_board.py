@@ -62,8 +62,8 @@ def test_strips_show_the_best_first_and_name_what_is_masked():
     )  # fmt: skip
     credit = Credit(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 1.0]), {})
     strip = (group_strips(tasks, rollouts, scores, credit) * 255).round()
-    row = strip[0, -20]  # through the middle of the pictures
-    seen = [int(row[44 * column + 20]) for column in range(4)]
+    row = strip[0, -60]  # through the middle of the pictures: 40 px, three times as large, and gaps of 4
+    seen = [int(row[124 * column + 60]) for column in range(4)]
     assert seen == [0, 200, 50, 100]
 
 
