@@ -112,6 +112,7 @@ class Reward(ABC):
     """One scorer. Built from a frozen dataclass of parameters; see `rewards.registry` for the dict of all."""
 
     spec: RewardSpec
+    waits = False  # True if scoring waits for another machine: such rewards are asked beside the others
 
     @classmethod
     @abstractmethod

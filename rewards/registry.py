@@ -20,6 +20,7 @@ from rewards.iqa import PyiqaParams, PyiqaReward
 from rewards.ll_score.reward import LLScoreHallucination, LLScoreParams, LLScoreQuality
 from rewards.naturalness import Niqe, NiqeParams, Nss, NssParams
 from rewards.reference import Gmsd, PsnrRgb, PsnrY, ReferenceParams, SsimRgb, SsimY
+from rewards.remote.reward import RemoteParams, RemoteReward
 
 ENTRY_POINTS = "rlrestore.rewards"
 REWARDS: dict[str, tuple[type, type[Reward]]] = {
@@ -36,6 +37,7 @@ REWARDS: dict[str, tuple[type, type[Reward]]] = {
     "psnr_rgb": (ReferenceParams, PsnrRgb),
     "psnr_y": (ReferenceParams, PsnrY),
     "pyiqa": (PyiqaParams, PyiqaReward),
+    "remote": (RemoteParams, RemoteReward),
     "ssim_rgb": (ReferenceParams, SsimRgb),
     "ssim_y": (ReferenceParams, SsimY),
 }

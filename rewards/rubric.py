@@ -221,6 +221,13 @@ class FailureBudget:
         recent = {name: self.recent(name) for name in self._batches}
         return {name: failed / max(scored, 1) for name, (failed, scored, _) in recent.items()}
 
+    def summary(self, reasons: int = 5) -> dict[str, Any]:
+        """For result.json: rows of training that failed since the start, by reward, with the commonest reasons."""
+        return {
+            name: {"failed": counts.total(), "reasons": dict(counts.most_common(reasons))}
+            for name, counts in self.total.items()
+        }
+
     def check(self) -> None:
         """Raise `RewardBudgetError` for a reward past its budget, with its commonest reason and both numbers."""
         for name in self._batches:

@@ -46,4 +46,35 @@ def judge_app(guard: Callable[[Callable[[], None]], None]) -> typer.Typer:
 
         guard(lambda: run_judge_bench(data, output, metric or ["nss", "niqe", "consistency"], judge))
 
+    @app.command("serve")
+    def serve(
+        source: Annotated[
+            Path, typer.Argument(help="folder of a trained judge, or a YAML file with rewards: as in a run's config")
+        ],
+        host: Annotated[
+            str, typer.Option(help="address to listen on; anything but loopback needs the token")
+        ] = "127.0.0.1",
+        port: Annotated[int, typer.Option(help="port to listen on")] = 8420,
+        token_env: Annotated[
+            str, typer.Option(help="environment variable with the bearer token; loopback makes one if it is not set")
+        ] = "RLRESTORE_JUDGE_TOKEN",
+        allow_host: Annotated[
+            list[str] | None, typer.Option(help="name by which clients may call the server; may be repeated")
+        ] = None,
+        max_items: Annotated[int, typer.Option(help="pictures a request")] = 64,
+        max_pixels: Annotated[int, typer.Option(help="pixels a picture")] = 2048 * 2048,
+        max_body_mb: Annotated[int, typer.Option(help="MiB a request")] = 256,
+        max_waiting: Annotated[int, typer.Option(help="requests that may wait; more are answered 429")] = 16,
+    ) -> None:
+        """Serve a judge, or any rewards, over HTTP: /v1/score, /v1/spec, /health, /metrics."""
+        from rlrestore.commands.judge_serve import run_judge_serve
+
+        limits = {
+            "max_items": max_items,
+            "max_pixels": max_pixels,
+            "max_body_mb": max_body_mb,
+            "max_waiting": max_waiting,
+        }
+        guard(lambda: run_judge_serve(source, host, port, token_env, allow_host or [], limits))
+
     return app

@@ -189,6 +189,11 @@ def _terms(data: Any, where: str, role: str) -> dict[str, TermConfig]:
     return terms
 
 
+def reward_terms(data: Any, where: str) -> dict[str, TermConfig]:
+    """The terms of a `rewards:` section that stands alone. ConfigError."""
+    return _terms(data, where, "reward")
+
+
 def _nearest(key: str, names: Any) -> str:
     near = difflib.get_close_matches(key, list(names), n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""

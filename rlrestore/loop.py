@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,7 +233,9 @@ def resume(run: Run) -> None:
 def _finish(run: Run, base: Measured, clock: Clock) -> dict[str, MetricRow]:
     rows, picture = _evaluate(run, base, run.config.run.steps)
     config = run.config
-    result = result_json(config, rows, config.run.steps, clock.total_s(), clock.stage_seconds, clock.efficiency())
+    result = result_json(
+        config, rows, config.run.steps, clock.total_s(), clock.stage_seconds, clock.efficiency(), run.budget.summary()
+    )
     run.folder.write_result(result)
     run.folder.write_facts(samples=picture, exit="done")
     run.log.close()
@@ -246,6 +249,7 @@ def result_json(
     wall_s: float,
     stages_s: dict[str, float],
     efficiency: float,
+    failures: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The contract of result.json: keep it stable, others read it. `iterations` made the tuned weights."""
     return {
@@ -254,6 +258,7 @@ def result_json(
         "wall_s": wall_s,
         "stages_s": stages_s,
         "efficiency": efficiency,
+        "reward_failures": dict(failures),
         "versions": versions(),
         "seed": config.run.seed,
     }

@@ -47,11 +47,12 @@ WITHOUT_CONFIG: dict[str, str] = {
         ("flux2_klein", "flux_controlnet", "ldm_sr", "qwen_image_edit_plus", "sd_upscale"),
         "opened as its neighbours in docs/families.md are, and there is no published RL setting to write down",
     ),
+    "remote": "needs a server that somebody started; docs/rewards.md shows the lines",
     "ll_score": "needs a judge that somebody trained on LL-Bench; docs/judges.md shows the lines",
     "ll_score_hallucination": "as ll_score",
 }
 
-NOT_LOCKED = {"track"}  # extras that `make` does not install
+NOT_LOCKED = {"face", "track"}  # extras that `make` does not install
 
 ENTRY_MODULES = {"rewards.ll_score.infer", "rlrestore.__main__"}  # besides the console scripts of pyproject.toml
 

@@ -84,7 +84,7 @@ class RewardPool:
         ray.kill(self.workers[index])
         self.replaced += 1
         self.workers[index] = self.spawn(index)
-        self.workers[index].setup.remote(self.terms, self.threads)
+        self.workers[index].setup.remote(self.terms, self.threads, True)
         for job in self.jobs.values():
             if job.worker == index:
                 job.ref = self._send(job)

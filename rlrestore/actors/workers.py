@@ -120,12 +120,12 @@ class RolloutWorker:
 class RewardWorker:
     """The whole mix in one process."""
 
-    def setup(self, terms: Mapping[str, TermConfig], threads: int) -> None:
+    def setup(self, terms: Mapping[str, TermConfig], threads: int, replaces: bool = False) -> None:
         _quiet_threads(threads)
         from rewards.registry import build_reward
         from rlrestore.scoring import Scorer
 
-        self.scorer = Scorer(terms, lambda term: build_reward(term.kind, term.params))
+        self.scorer = Scorer(terms, lambda term: build_reward(term.kind, term.params), replaces)
 
     def score(self, chunk: Chunk, images: Images, names: Sequence[str] | None) -> tuple[dict[str, Scores], int]:
         """Scores by term, and how many hung calls this process has left behind."""

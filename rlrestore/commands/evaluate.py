@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from envs.base import Env
+from rewards.rubric import FailureBudget
 from rlrestore.build import build_crew, build_evaluation, check_parts, load_train_config
 from rlrestore.checkpoint import read_json, read_manifest, verify
 from rlrestore.config import TrainConfig
@@ -119,12 +120,14 @@ def _result(
 
     Stages and efficiency of the training are known if the run's own result.json is of the same number of images.
     """
-    state = read_json(source / "loop.json")
+    state, budget = read_json(source / "loop.json"), FailureBudget()
+    budget.load_state_dict(state["budget"])
     known = read_json(run / "result.json") if (run / "result.json").is_file() else {}
     trained = known if known.get("images") == images_trained(config, state["iteration"]) else {}
     return result_json(
         config, rows, state["iteration"], trained.get("wall_s", state["seconds"]),
         {**trained.get("stages_s", {}), **seconds}, trained.get("efficiency", 0.0),
+        budget.summary(),
     )  # fmt: skip
 
 
