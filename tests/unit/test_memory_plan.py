@@ -1,0 +1,89 @@
+"""The memory of a trainer rank: numbers that can be derived by hand from the published formulas (ZeRO, arXiv 1910.02054)."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlrestore.planning.memory import (
+    PHASES,
+    Copies,
+    Network,
+    Sharding,
+    Transformer,
+    rollout_memory,
+    saved_by_transformer,
+    trainer_memory,
+)
+
+N = 1_000_000
+FULL = Network(N, N, lora=False, trained_bytes=2)  # bfloat16 weights with float32 masters
+LORA = Network(N, 10_000, lora=True)  # bfloat16 base, float32 adapter
+ENGINE = ("frozen weights", "trained weights", "master weights", "moments")
+
+
+def held(network: Network, sharding: Sharding, names: tuple[str, ...] = ENGINE) -> int:
+    memory = trainer_memory(network, sharding, Copies())
+    return sum(item.bytes for item in memory.items if item.name in names)
+
+
+@pytest.mark.parametrize(
+    ("zero", "ranks", "expected"),
+    [
+        (1, 2, 8 * N),  # 2 N + 12 N / 2
+        (2, 4, 5 * N),  # 2 N + 12 N / 4
+        (3, 2, 7 * N),  # (2 + 12) N / 2; its gradient buffer is an item of its own
+    ],
+)
+def test_full_weights(zero: int, ranks: int, expected: int) -> None:
+    assert held(FULL, Sharding("deepspeed", zero, ranks)) == expected
+
+
+def test_lora() -> None:
+    frozen = 2 * 990_000
+    assert held(LORA, Sharding("deepspeed", 2, 2)) == frozen + 4 * 10_000 + 12 * 10_000 // 2
+    assert held(LORA, Sharding("deepspeed", 3, 2)) == (frozen + 16 * 10_000) // 2
+    assert held(LORA, Sharding()) == frozen + 12 * 10_000  # torch: weights and two moments, no master beside them
+
+
+def test_copies_are_adapters_or_networks() -> None:
+    def copies(network: Network, which: Copies) -> int:
+        return trainer_memory(network, Sharding("deepspeed", 2, 2), which).resident
+
+    # one adapter in float32, and for the old policy its float32 shadow
+    assert copies(LORA, Copies(reference=True)) - copies(LORA, Copies()) == 4 * 10_000
+    assert copies(LORA, Copies(old=True)) - copies(LORA, Copies()) == 8 * 10_000
+    assert copies(FULL, Copies(reference=True)) - copies(FULL, Copies()) == 2 * N
+
+
+def test_the_peak_is_the_largest_phase_on_top_of_what_stays() -> None:
+    quiet = trainer_memory(LORA, Sharding("deepspeed", 2, 2), Copies(), saved=0)
+    busy = trainer_memory(LORA, Sharding("deepspeed", 2, 2), Copies(), saved=10**9)
+    assert busy.peak_phase == "backward" and busy.resident == quiet.resident
+    assert busy.peak - busy.resident == 10**9 + 4 * 5_000 + 4 * 10_000  # activations, gradients' half, the bucket
+    assert busy.peak == max(busy.phase(name) for name in PHASES)
+
+
+def test_slack_is_of_what_we_hold_and_not_of_the_process() -> None:
+    plain = trainer_memory(LORA, Sharding(), Copies(), process=500)
+    slack = trainer_memory(LORA, Sharding(), Copies(), process=500, slack=0.1)
+    assert slack.peak - plain.peak == round(0.1 * (plain.peak - 500))
+
+
+def test_stage_3_holds_the_whole_base_while_it_loads() -> None:
+    memory = trainer_memory(LORA, Sharding("deepspeed", 3, 4), Copies())
+    assert memory.peak_phase == "load" and memory.phase("load") > 2 * 990_000 > memory.phase("backward")
+
+
+def test_a_rollout_actor_holds_whole_weights_and_no_optimiser() -> None:
+    memory = rollout_memory(LORA)
+    assert memory.resident == 2 * 990_000 + 4 * 10_000
+    assert memory.peak == memory.resident + 8 * 10_000
+
+
+def test_activations_of_kontext_at_1024_px() -> None:
+    """4096 + 4096 + 512 tokens x 3072 x 2 bytes x (57 inputs + 28 of the repeated block): 4.5 GB."""
+    model = Transformer((("flux_double", 19), ("flux_single", 38)), 3072, 4096 + 4096 + 512)
+    saved = saved_by_transformer(model, 1, lora=True, checkpointing=True)
+    assert saved == 8704 * 3072 * 2 * 85 == pytest.approx(4.5e9, rel=0.02)
+    assert saved_by_transformer(model, 2, lora=True, checkpointing=True) == 2 * saved
+    assert saved_by_transformer(model, 1, lora=True, checkpointing=False) == 8704 * 3072 * 2 * (15 * 19 + 14 * 38)
