@@ -22,7 +22,7 @@ from rewards.rubric import FailureBudget, Rubric, TermConfig
 from rlrestore.algorithms.base import Algorithm
 from rlrestore.algorithms.registry import ALGORITHMS
 from rlrestore.board import headline, hyperparameters, layout
-from rlrestore.checks import check_config, check_needs, check_times
+from rlrestore.checks import check_config, check_needs, check_photos, check_precision, check_times
 from rlrestore.config import FinetuneConfig, RegulariseConfig, TrainConfig, all_terms
 from rlrestore.config_files import ConfigError, Plugin, PluginSchemas, plain, read_yaml, typed, user_errors
 from rlrestore.crew import Crew, LocalCrew, StageTimes
@@ -116,7 +116,7 @@ class LearnerRecipe:
         engine = config.engine
         options = EngineOptions(
             engine.lr, engine.betas, engine.weight_decay, engine.grad_clip, engine.zero, engine.precision, engine.micro_batch,
-            engine.partition_threshold,
+            engine.partition_threshold, engine.optimiser, engine.offload,
         )  # fmt: skip
         return LearnerRecipe(
             config.restorer, config.algorithm, engine.kind, options, engine.warmup, engine.ema,
@@ -130,8 +130,11 @@ class LearnerRecipe:
         algorithm, reward = build_algorithm(self.algorithm), None
         if algorithm.needs.reward:
             reward = DifferentiableMix(self.rewards, [build_term(term) for term in self.rewards])
+        # ZeRO-3 takes the network from the host's memory parameter by parameter: no GPU ever holds it whole
+        sharded = self.engine == "deepspeed" and self.options.zero == 3
+        restorer = build_restorer(self.restorer).to(best_device(), denoiser=not sharded)
         return Learner(
-            build_restorer(self.restorer).to(best_device()), algorithm, make_engine,
+            restorer, algorithm, make_engine,
             lr=self.options.lr, warmup=self.warmup, ema_cap=self.ema_cap,
             micro_batch=self.options.micro_batch, max_staleness=self.max_staleness, trainable=self.trainable,
             regularise=self.regularise, reward=reward,
@@ -220,10 +223,9 @@ def check_parts(config: TrainConfig) -> Env:
             f"regularise.supervised={config.regularise.supervised} trains on references and env '{env.name}' has none: set it to 0, or "
             "use an env with references"
         )
-    size = first_draw(env, config.rollout.groups * config.curriculum.candidates)[0].lq.shape[-2:]
-    if any(side % restorer.multiple for side in size):
-        raise ConfigError(
-            f"env tasks are {size[0]}x{size[1]} px and the restorer works in multiples of {restorer.multiple}: choose another env.size"
-        )
-    check_times(config, build_algorithm(config.algorithm), restorer, (size[0], size[1]))
+    lq = first_draw(env, config.rollout.groups * config.curriculum.candidates)[0].lq
+    size = (lq.shape[-2], lq.shape[-1])
+    check_photos(config, restorer, size)
+    check_times(config, build_algorithm(config.algorithm), restorer, size)
+    check_precision(config, restorer)
     return env

@@ -6,7 +6,11 @@ unknown keys of single sections are `config.typed`'s.
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from itertools import pairwise
+
+import torch
 
 from envs.base import Env
 from rewards.differentiable import not_differentiable
@@ -40,6 +44,39 @@ def check_config(config: TrainConfig, algorithm: Algorithm) -> None:
             f"engine.precision=bfloat16 with engine.kind={config.engine.kind}, engine.zero={config.engine.zero}: float32 master "
             "weights need engine.kind=deepspeed and engine.zero >= 1"
         )
+    _check_thrift(config)
+
+
+def _check_thrift(config: TrainConfig) -> None:
+    """What saves memory and needs DeepSpeed, a stage, or a package."""
+    engine = config.engine
+    for key, value, usual in (("optimiser", engine.optimiser, "adamw"), ("offload", engine.offload, "none")):
+        if value != usual and engine.kind != "deepspeed":
+            raise ConfigError(
+                f"engine.{key}={value} needs engine.kind=deepspeed, got {engine.kind}: set it, or {usual}"
+            )
+    if engine.offload != "none" and engine.zero == 0:
+        raise ConfigError(f"engine.offload={engine.offload} needs engine.zero >= 1, got 0")
+    if engine.offload == "weights" and engine.zero != 3:
+        raise ConfigError(
+            f"engine.offload=weights needs engine.zero=3, got {engine.zero}: set it, or offload=optimiser"
+        )
+    if engine.optimiser == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("engine.optimiser=adamw8bit needs bitsandbytes: pip install bitsandbytes, or set adamw")
+
+
+def check_precision(config: TrainConfig, restorer: Restorer) -> None:
+    """Trained weights are float32, or have float32 masters."""
+    trained = [
+        value.dtype
+        for name, value in restorer.denoiser.named_parameters()
+        if not restorer.trainable or any(re.search(pattern, name) for pattern in restorer.trainable)
+    ]
+    if torch.bfloat16 in trained and config.engine.precision != "bfloat16":
+        raise ConfigError(
+            f"restorer.precision=bfloat16 would train bfloat16 weights without float32 masters (engine.precision="
+            f"{config.engine.precision}): set restorer.lora_rank, restorer.precision=float32, or engine.precision=bfloat16"
+        )
 
 
 def _check_gradients(config: TrainConfig) -> None:
@@ -61,6 +98,8 @@ def _check_choices(config: TrainConfig) -> None:
         ("engine.kind", config.engine.kind, ENGINES),
         ("engine.zero", config.engine.zero, (0, 1, 2, 3)),
         ("engine.precision", config.engine.precision, ("float32", "bfloat16")),
+        ("engine.optimiser", config.engine.optimiser, ("adamw", "adamw8bit")),
+        ("engine.offload", config.engine.offload, ("none", "optimiser", "weights")),
         ("placement.kind", config.placement.kind, PLACEMENTS),
         ("sampling.solver", config.sampling.solver, SOLVERS),
         ("sampling.sampler", config.sampling.sampler, ("ode", *sorted(KERNELS))),
@@ -215,6 +254,21 @@ def check_needs(rubric: Rubric, env: Env, where: str) -> None:
         raise ConfigError(
             f"{where} {', '.join(names)} compare(s) with a reference and env '{env.name}' has none: remove the metric(s), "
             "or use an env with references"
+        )
+
+
+def check_photos(config: TrainConfig, restorer: Restorer, size: tuple[int, int]) -> None:
+    """(H, W) of the first photo in pixels: crops of a size that the restorer works in, or whole photos, one size a batch."""
+    rollout = config.rollout
+    if getattr(config.env.config, "size", 0) is None:  # whole photos are padded inside `condition`
+        if rollout.samples % rollout.batch:
+            raise ConfigError(
+                f"env.size is null, so photos may have several sizes, and rollout.batch={rollout.batch} mixes groups of "
+                f"rollout.samples={rollout.samples}: choose a batch that divides {rollout.samples}, or an env.size"
+            )
+    elif any(side % restorer.multiple for side in size):
+        raise ConfigError(
+            f"env tasks are {size[0]}x{size[1]} px and the restorer works in multiples of {restorer.multiple}: choose another env.size"
         )
 
 

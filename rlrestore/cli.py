@@ -75,12 +75,24 @@ def restore(
     ] = 1,
     tile: Annotated[int, typer.Option(help="tile side in pixels")] = 256,
     overlap: Annotated[int, typer.Option(help="overlap of tiles in pixels")] = 64,
+    colour_fix: Annotated[
+        str | None,
+        typer.Option(help="none | wavelet | adain; default: what the checkpoint was trained with"),
+    ] = None,
+    types: Annotated[
+        list[str] | None,
+        typer.Option("--type", help="what is wrong with the photos, e.g. haze; chooses the prompt. May be repeated"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace outputs that exist")] = False,
 ) -> None:
     """Restore photos of any size, in tiles."""
     from rlrestore.commands.restore import run_restore
 
-    _guard(lambda: run_restore(source, target, checkpoint, seed, steps, samples, tile, overlap, overwrite))
+    _guard(
+        lambda: run_restore(
+            source, target, checkpoint, seed, steps, samples, tile, overlap, overwrite, colour_fix, tuple(types or ())
+        )
+    )
 
 
 @app.command()
@@ -102,13 +114,16 @@ def cache_prompts(
     weights: Annotated[str, typer.Argument(metavar="PIPELINE", help="a pipeline's folder or hub id")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="a .safetensors file")],
     prompt: Annotated[str, typer.Option(help="what the restorer is told")] = "",
+    for_type: Annotated[
+        list[str] | None, typer.Option("--for", help="TYPE=PROMPT for photos of one degradation type; may be repeated")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="commit of a hub id")] = None,
     kind: Annotated[str | None, typer.Option(help="restorer.kind; default: by the pipeline's class")] = None,
 ) -> None:
     """Embed a prompt once, so that no trainer loads a text encoder."""
     from rlrestore.commands.cache_prompts import run_cache_prompts
 
-    _guard(lambda: run_cache_prompts(weights, target, prompt, revision, kind))
+    _guard(lambda: run_cache_prompts(weights, target, prompt, for_type or [], revision, kind))
 
 
 app.add_typer(data_app(lambda command: _guard(command)), name="data")

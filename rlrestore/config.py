@@ -94,6 +94,8 @@ class EngineConfig:
     kind: str = "torch"  # torch | deepspeed
     zero: int = 2  # DeepSpeed ZeRO stage 0-3
     precision: str = "float32"  # weights of the denoiser: float32 | bfloat16 (with float32 master weights, ZeRO >= 1)
+    optimiser: str = "adamw"  # adamw | adamw8bit (of bitsandbytes, with DeepSpeed)
+    offload: str = "none"  # DeepSpeed: what lies in the host's memory: none | optimiser | weights (ZeRO-3: shards, too)
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0

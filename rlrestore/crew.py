@@ -47,6 +47,7 @@ class Crew(ABC):
     ranks: int  # trainer ranks: chunks are dealt to them in contiguous runs
     samplers: int  # processes that sample
     weights_sha: str = ""  # of the last published weights
+    unchanged: int = 0  # updates in a row that published what was published before
 
     @abstractmethod
     def roll_out(self, chunks: Sequence[Chunk], chain: Chain) -> Iterator[Scored]:

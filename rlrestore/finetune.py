@@ -29,6 +29,7 @@ from rlrestore.lr import cosine_factor, wsd_factor
 from rlrestore.optimiser import Ema, adamw, load_optimiser_tensors, optimiser_tensors, set_lr
 from rlrestore.pictures import grid
 from rlrestore.restorers.base import Restorer
+from rlrestore.restorers.colour import fixed_for_tasks
 from rlrestore.seeds import derive_seed
 
 
@@ -174,11 +175,11 @@ def _evaluate(restorer: Restorer, tasks: list[Task], config: FinetuneConfig, log
     psnrs: dict[str, list[Tensor]] = {"lq": [], "sample": [], "mean_of_samples": []}
     rows = []
     for index, task in enumerate(tasks):
-        condition = restorer.condition(task.lq[None]).repeat(options.samples)
+        condition = restorer.condition(task.lq[None], [task.types]).repeat(options.samples)
         chain = Chain(times=tuple(restorer.times(options.steps, (task.lq.shape[-2], task.lq.shape[-1]))))
         seeds = [derive_seed(config.run.seed, "finetune-eval", index, k) for k in range(options.samples)]
         z_0, _ = sample(restorer, condition, seeds, chain)
-        images = restorer.decode(z_0, condition)
+        images = fixed_for_tasks(restorer.colour_fix, restorer.decode(z_0, condition), [task] * options.samples)
         assert task.gt is not None
         psnrs["lq"].append(_psnr(task.lq, task.gt))
         psnrs["sample"].append(torch.stack([_psnr(image, task.gt) for image in images]).mean())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +23,14 @@ from rlrestore.checkpoint import load_tensors, read_json, save_tensors, write_js
 from rlrestore.config import RegulariseConfig
 from rlrestore.diffusion.sampling import Chain
 from rlrestore.engine.base import Engine, NonFiniteError
+from rlrestore.kept import Kept
 from rlrestore.lr import warmup_factor
-from rlrestore.optimiser import Ema, select_trainable
+from rlrestore.optimiser import select_trainable
 from rlrestore.regularisers import penalties
 from rlrestore.restorers.base import Restorer
 from rlrestore.rollout import Sampler
 from rlrestore.types import Chunk, Images, Latents, ProbeReport, UpdateReport, UpdateRequest, plan_updates
-from rlrestore.weights import Published, publish
+from rlrestore.weights import Published, bucket_names, publish
 
 
 class StaleRolloutError(RuntimeError):
@@ -58,9 +59,9 @@ class Learner:
         self.regularise = regularise or RegulariseConfig()
         network = restorer.denoiser
         names = set(select_trainable(network, trainable or restorer.trainable))
-        # Copies are made before the engine may partition the network. All dicts of weights hold the trainable ones only:
-        # the others are the same everywhere.
-        self.base = {name: value.detach().clone() for name, value in network.named_parameters() if name in names}
+        self.trained = sum(value.numel() for name, value in network.named_parameters() if name in names)
+        # Copies are made before the engine may partition the network. All named weights are the trainable ones only: the
+        # others are the same everywhere.
         self.frozen = {
             name: value.detach().clone()
             for name, value in network.named_parameters()
@@ -71,8 +72,10 @@ class Learner:
         needs_reference = algorithm.needs.reference or self.regularise.asks_reference
         self.reference = restorer.twin("reference") if needs_reference else None
         self.engine = make_engine(network)
-        self.ema = Ema(self.engine.full_parameters())
-        self.old_shadow = Ema(self.engine.full_parameters()) if self.old is not None else None
+        rank, world = self.engine.rank, self.engine.world
+        self.base = Kept(self.engine.stream_parameters(), rank, world)
+        self.ema = Kept(self.engine.stream_parameters(), rank, world)
+        self.old_shadow = Kept(self.engine.stream_parameters(), rank, world) if self.old is not None else None
         self.policies = Policies(restorer, self.engine.network, self.old, self.reference, reward)
         self.iteration = 0  # iterations trained: the version of the weights
         self.optimiser_steps = 0
@@ -97,24 +100,40 @@ class Learner:
     @torch.no_grad()
     def load_scratch(self, which: str) -> None:
         """Collective."""
-        self.engine.assign(self.scratch, self.weights(which))
+        self.engine.assign(self.scratch, self.stream(which))
 
     # -- weights -----------------------------------------------------------------------------------------------
 
-    def weights(self, which: str) -> Mapping[str, Tensor]:
-        """Trainable parameters, whole, float32: base | current | ema | behaviour. Collective."""
+    def stream(self, which: str, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Trainable parameters one by one, whole, float32: base | current | ema | behaviour. Collective to its end."""
         if which == "base":
-            return self.base
+            return self.base.whole(names)
         if which == "ema":
-            return self.ema.shadow
+            return self.ema.whole(names)
         if which == "behaviour" and self.old_shadow is not None:
-            return self.old_shadow.shadow
-        return self.engine.full_parameters()
+            return self.old_shadow.whole(names)
+        return self.engine.stream_parameters(names)
 
-    def publish(self, which: str) -> Published | None:
-        """The weights as rank 0 sends them, None on the others. Collective."""
-        weights = self.weights(which)
-        return publish(weights, self.iteration) if self.engine.rank == 0 else None
+    def weights(self, which: str) -> dict[str, Tensor]:
+        """The same, all at once, on every rank. Collective."""
+        return dict(self.stream(which))
+
+    def _on_rank_0(self, named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """In memory of the CPU on rank 0, empty on the others. Collective."""
+        return {name: value.cpu() for name, value in named if self.engine.rank == 0}
+
+    def publish(self, which: str, bucket: int = 0) -> Published | None:
+        """One bucket of the weights as rank 0 sends it, None on the others. Collective.
+
+        In the precision that the behaviour policy computes in, so that who receives them samples what it would.
+        """
+        buckets = bucket_names(self.base.shapes)
+        weights = self._on_rank_0(self.stream(which, buckets[bucket]))
+        if self.engine.rank != 0:
+            return None
+        dtypes = {name: parameter.dtype for name, parameter in self.behaviour.named_parameters()}
+        tensors = {name: value.to(dtypes[name]) for name, value in weights.items()}
+        return publish(tensors, self.iteration, bucket, len(buckets))
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -195,11 +214,10 @@ class Learner:
         self.iteration += 1
         if not moved:
             return
-        parameters = self.engine.full_parameters()
-        self.ema.update(parameters, ema_decay(self.iteration - 1, self.ema_cap))
+        self.ema.update(self.engine.stream_parameters(), ema_decay(self.iteration - 1, self.ema_cap))
         if self.old is not None and self.old_shadow is not None:
-            self.old_shadow.update(parameters, self.algorithm.old_decay(self.optimiser_steps))
-            self.engine.assign(self.old, self.old_shadow.shadow)
+            self.old_shadow.update(self.engine.stream_parameters(), self.algorithm.old_decay(self.optimiser_steps))
+            self.engine.assign(self.old, self.old_shadow.whole())
 
     # -- measuring ---------------------------------------------------------------------------------------------
 
@@ -234,11 +252,13 @@ class Learner:
         """Into an existing folder on shared storage. Collective."""
         (folder / "engine").mkdir(exist_ok=True)
         self.engine.save(folder / "engine")
+        for name, kept in (("ema", self.ema), ("base", self.base), ("old", self.old_shadow)):
+            if kept is None:
+                continue
+            tensors = self._on_rank_0(kept.whole())
+            if self.engine.rank == 0:
+                save_tensors(folder / f"{name}.safetensors", tensors)
         if self.engine.rank == 0:
-            save_tensors(folder / "ema.safetensors", self.ema.shadow)
-            save_tensors(folder / "base.safetensors", self.base)
-            if self.old_shadow is not None:
-                save_tensors(folder / "old.safetensors", self.old_shadow.shadow)
             write_json_atomic(
                 folder / "learner.json", {"iteration": self.iteration, "optimiser_steps": self.optimiser_steps}
             )
@@ -248,20 +268,18 @@ class Learner:
         """Collective."""
         self.engine.load(folder / "engine")
         self.ema.load(load_tensors(folder / "ema.safetensors"))
-        base = load_tensors(folder / "base.safetensors")
-        for name, value in base.items():
-            self.base[name].copy_(value)
+        self.base.load(load_tensors(folder / "base.safetensors"))
         if self.reference is not None:
-            self.engine.assign(self.reference, self.base)
+            self.engine.assign(self.reference, self.base.whole())
         if self.old is not None and self.old_shadow is not None:
             self.old_shadow.load(load_tensors(folder / "old.safetensors"))
-            self.engine.assign(self.old, self.old_shadow.shadow)
+            self.engine.assign(self.old, self.old_shadow.whole())
         counters = read_json(folder / "learner.json")
         self.iteration, self.optimiser_steps = counters["iteration"], counters["optimiser_steps"]
 
     def export(self, folder: Path, which: str) -> None:
         """A folder that `restorer.weights` opens, with weights `ema` or `current`. Collective; rank 0 writes."""
-        weights = self.weights(which)
+        weights = self._on_rank_0(self.stream(which))
         if self.engine.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             self.restorer.save(folder, {**self.frozen, **weights})

@@ -161,6 +161,8 @@ def _report(
             **cost_metrics(images, reports, len(scores.valid_N)),
             "x0/latent_mean": sum(item.z0_mean for item in images) / len(images),
             "x0/latent_rms": sum(item.z0_rms for item in images) / len(images),
+            "sync/unchanged": float(run.crew.unchanged),
+            "x0/colour_drift": sum(item.colour_drift for item in images) / len(images),
             **clock.stop(run.config.rollout.groups * run.config.rollout.samples),
         },
     )

@@ -33,6 +33,15 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, flo
     return torch.optim.AdamW(parameters, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay)
 
 
+def adamw8bit(
+    parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW whose moments have 8 bits (arXiv 2110.02861), of the optional package bitsandbytes."""
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay)
+
+
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
     for group in optimiser.param_groups:
         group["lr"] = lr

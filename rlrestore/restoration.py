@@ -7,7 +7,8 @@ tiles of 256 and overlap 64: tiled and untiled differ by 0.9/255 on average and 
 seeds differ by 6.6/255. Averaging the velocity of the tiles at each step gave the same numbers, and has to hold the
 conditions of all tiles at once.
 
-Memory beside the network's: the photo twice in 8 bits and one row of tiles, whatever the height.
+Memory beside the network's: the photo twice in 8 bits and one row of tiles, whatever the height; with a colour fix, which
+looks at the whole picture, the result in float32 as well.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from rlrestore.diffusion.kernels import ode_step
 from rlrestore.restorers.base import Restorer
+from rlrestore.restorers.colour import colour_fix_for, fixed_in_bands
 from rlrestore.rollout import to_pixels
 from rlrestore.seeds import derive_seed
 from rlrestore.tiling import blend_weights, tiles
@@ -54,10 +56,12 @@ def restore_pixels(
     samples: int,
     tile: int,
     overlap: int,
+    types: Sequence[str] = (),
     progress: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
     """[H, W, 3] uint8 -> the mean of `samples` restorations, [H, W, 3] uint8; equal seeds give equal bytes.
 
+    `types`: degradation types, for the prompt, and for the colour fix, which some of them forbid.
     `progress()` is called after each tile. ValueError for a tiling that does not fit the restorer (`check_tiling`).
     """
     check_tiling(tile, overlap, restorer.multiple)
@@ -69,18 +73,32 @@ def restore_pixels(
     tile_h, tile_w = min(tile, rows), min(tile, columns)
     times = restorer.times(steps, (tile_h, tile_w))
     result = np.empty_like(padded)
+    colour = colour_fix_for(restorer.colour_fix, types)
+    canvas = None if colour == "none" else torch.empty(3, rows, columns)
     band = torch.zeros(3, tile_h, columns)
     for iy, top in enumerate(tops):
         noise = NoiseRows(seed, samples, top, columns)
         for ix, left in enumerate(lefts):
             lq = padded[top : top + tile_h, left : left + tile_w]
-            restored = _restore_tile(restorer, lq, left, noise, times)
+            restored = _restore_tile(restorer, lq, left, noise, times, types)
             band[:, :, left : left + tile_w] += restored * (weight_y[iy, :, None] * weight_x[ix, None, :])
             progress()
         done = (tops[iy + 1] if iy + 1 < len(tops) else rows) - top  # later tiles do not reach these rows
-        result[top : top + done] = to_pixels(band[:, :done]).permute(1, 2, 0).numpy()
+        if canvas is None:
+            result[top : top + done] = to_pixels(band[:, :done]).permute(1, 2, 0).numpy()
+        else:
+            canvas[:, top : top + done] = band[:, :done]
         band = torch.cat([band[:, done:], torch.zeros(3, done, columns)], dim=1)
+    if canvas is not None:
+        _fix_colour(colour, canvas[:, :height, :width], rgb_HW3, result)
     return result[:height, :width]
+
+
+def _fix_colour(kind: str, canvas_3HW: Tensor, rgb_HW3: np.ndarray, result: np.ndarray) -> None:
+    """On the whole picture and before it is rounded, as in training; writes into `result`."""
+    lq_3HW = torch.from_numpy(rgb_HW3).permute(2, 0, 1)
+    for top, rows in fixed_in_bands(kind, canvas_3HW, lq_3HW):
+        result[top : top + rows.shape[1], : rows.shape[2]] = to_pixels(rows).permute(1, 2, 0).numpy()
 
 
 class NoiseRows:
@@ -112,12 +130,14 @@ def canvas_noise(seed: int, member: int, channels: int, top: int, height: int, w
     return torch.cat(bands, dim=1)[:, start : start + height]
 
 
-def _restore_tile(restorer: Restorer, lq_hw3: np.ndarray, left: int, noise: NoiseRows, times: list[float]) -> Tensor:
+def _restore_tile(
+    restorer: Restorer, lq_hw3: np.ndarray, left: int, noise: NoiseRows, times: list[float], types: Sequence[str]
+) -> Tensor:
     """[3, h, w] float32 on the CPU: the mean of the members' samples."""
     device = restorer.device
     height, width = lq_hw3.shape[:2]
     lq = torch.from_numpy(np.ascontiguousarray(lq_hw3)).permute(2, 0, 1)[None].to(device, torch.float32) / 255
-    encoded = restorer.condition(lq)
+    encoded = restorer.condition(lq, [types])
     shape = restorer.latent_shape(encoded)
     if len(shape) != 3 or height * shape[2] != width * shape[1]:
         raise ValueError(f"a latent of {shape} is no grid over a {height}x{width} tile: only [c, h, w] can be tiled")

@@ -1,4 +1,4 @@
-"""Sampling chunks: condition once a task, sample its members, decode to 8-bit pixels."""
+"""Sampling chunks: condition once a task, sample its members, decode, fix the colour, round to 8-bit pixels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from envs.types import Task
 from rlrestore.diffusion.sampling import Chain, sample
 from rlrestore.restorers.base import Condition, Restorer
+from rlrestore.restorers.colour import colour_drift_B, fixed_for_tasks, stack_lq
 from rlrestore.types import Chunk, Images, Latents, ProbeReport
 
 
@@ -32,10 +33,13 @@ class Sampler:
         condition = self.condition(chunk)
         seeds, temperatures = [row.seed for row in chunk.rows], [row.temperature for row in chunk.rows]
         z_0, trajectory = sample(self.restorer, condition, seeds, chain, net, temperatures)
+        tasks = chunk.tasks_of(slice(None))
         with torch.no_grad():
-            pixels = to_pixels(self.restorer.decode(z_0, condition)).cpu()
+            decoded = self.restorer.decode(z_0, condition)
+            drift = float(colour_drift_B(decoded, stack_lq(tasks, decoded)).mean())
+            pixels = to_pixels(fixed_for_tasks(self.restorer.colour_fix, decoded, tasks)).cpu()
         images = Images(
-            chunk.index, pixels, float(z_0.mean()), float(z_0.square().mean().sqrt()),
+            chunk.index, pixels, float(z_0.mean()), float(z_0.square().mean().sqrt()), drift,
             len(seeds) * chain.evaluations, time.perf_counter() - start,
         )  # fmt: skip
         return images, Latents(chunk.index, z_0.cpu(), trajectory and trajectory.to("cpu"), version, weights_sha)
@@ -60,7 +64,7 @@ class Sampler:
 
     def _encode(self, task: Task) -> Condition:
         if task.id not in self._conditions:
-            self._conditions[task.id] = self.restorer.condition(task.lq[None].to(self.restorer.device))
+            self._conditions[task.id] = self.restorer.condition(task.lq[None].to(self.restorer.device), [task.types])
         return self._conditions[task.id]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -52,7 +53,10 @@ def make_chunks(
     *counters: int,
     temperature: tuple[float, float] = (1.0, 1.0),
 ) -> list[Chunk]:
-    """K rollouts of each task in group-major order, cut every `batch` rows. Seeds depend on (seed, counters, task, member)."""
+    """K rollouts of each task in group-major order, cut every `batch` rows and where the photos' size changes.
+
+    Seeds depend on (seed, counters, task, member).
+    """
     low, high = temperature
     heat = [low + (high - low) * member / max(1, samples - 1) for member in range(samples)]
     rows = [
@@ -60,7 +64,8 @@ def make_chunks(
         for group in range(len(tasks))
         for member in range(samples)
     ]
-    cuts = [tuple(rows[start : start + batch]) for start in range(0, len(rows), batch)]
+    runs = [list(run) for _, run in itertools.groupby(rows, key=lambda row: tasks[row.group].lq.shape)]
+    cuts = [tuple(run[start : start + batch]) for run in runs for start in range(0, len(run), batch)]
     return [
         Chunk(index, cut, {group: tasks[group] for group in dict.fromkeys(row.group for row in cut)})
         for index, cut in enumerate(cuts)

@@ -62,6 +62,7 @@ class Images:
     pixels: Tensor  # [B, 3, H, W] uint8
     z0_mean: float  # of the chunk, for the log: brightness drift shows here first
     z0_rms: float
+    colour_drift: float  # mean over rows of the shift of colour against the LQ, CIELAB (a, b), before any colour fix
     forwards: int  # rows that the network evaluated for them
     seconds: float  # that sampling took in its process
 

@@ -1,4 +1,8 @@
-"""Published weights: safetensors bytes with a version and a sha256, refused when wrong or stale."""
+"""Published weights: safetensors bytes with a version and a sha256, refused when wrong or stale.
+
+An adapter travels in one piece, whole networks in buckets of at most `BUCKET_BYTES`, in an order that sender and receiver
+both know.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+BUCKET_BYTES = 512 * 2**20
+
 
 class SyncError(RuntimeError):
     """Weights arrived damaged, for another model, or older than what is already there."""
@@ -21,11 +27,34 @@ class Published:
     version: int  # iterations trained
     sha256: str  # of `blob`
     blob: bytes  # safetensors, float32 or the network's dtype
+    bucket: int = 0  # which of
+    buckets: int = 1
 
 
-def publish(tensors: Mapping[str, Tensor], version: int) -> Published:
+def bucket_names(shapes: Mapping[str, torch.Size], limit: int = BUCKET_BYTES) -> list[tuple[str, ...]]:
+    """Names in sorted order, cut where the next one would exceed `limit` bytes of float32; a larger one goes alone."""
+    buckets: list[list[str]] = []
+    size = limit
+    for name in sorted(shapes):
+        own = 4 * shapes[name].numel()
+        if size + own > limit:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(name)
+        size += own
+    return [tuple(names) for names in buckets]
+
+
+def publish(tensors: Mapping[str, Tensor], version: int, bucket: int = 0, buckets: int = 1) -> Published:
     blob = save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
-    return Published(version, hashlib.sha256(blob).hexdigest(), blob)
+    return Published(version, hashlib.sha256(blob).hexdigest(), blob, bucket, buckets)
+
+
+def held_sha256(published: Published, network: nn.Module) -> str:
+    """What the published hash would be of what `network` holds now."""
+    own = dict(network.named_parameters())
+    tensors = {name: own[name].to(value.dtype) for name, value in load(published.blob).items()}
+    return publish(tensors, published.version).sha256
 
 
 @torch.no_grad()

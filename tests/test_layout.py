@@ -48,8 +48,6 @@ WITHOUT_CONFIG: dict[str, str] = {
         "opened as its neighbours in docs/families.md are, and there is no published RL setting to write down",
     ),
     "remote": "needs a server that somebody started; docs/rewards.md shows the lines",
-    "ll_score": "needs a judge that somebody trained on LL-Bench; docs/judges.md shows the lines",
-    "ll_score_hallucination": "as ll_score",
 }
 
 NOT_LOCKED = {"face", "track"}  # extras that `make` does not install

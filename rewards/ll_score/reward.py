@@ -98,6 +98,7 @@ class LLScoreReward(Reward):
     name: str
 
     def __init__(self, params: LLScoreParams) -> None:
+        judge_version(Path(params.checkpoint))
         self.params, self.spec = params, self.spec_for(params)
         self.shared = shared_judge(params)
 
@@ -106,7 +107,8 @@ class LLScoreReward(Reward):
         quality = cls.head == 0
         return RewardSpec(
             name=cls.name,
-            version=judge_version(Path(params.checkpoint)),
+            # a config may be looked at before its judge is trained; building the reward asks for the files
+            version=judge_version(folder) if (folder := Path(params.checkpoint)).is_dir() else "absent",
             higher_is_better=quality,
             range=(None, None) if quality else (0.0, 1.0),
             needs=frozenset({"lq"}),

@@ -8,8 +8,10 @@ chunk is sent to them when it is submitted for sampling, so that it is scored as
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from rlrestore.config import PlacementConfig, RayConfig
 from rlrestore.crew import Crew, Scored, StageTimes, deal
 from rlrestore.diffusion.sampling import Chain
 from rlrestore.types import Chunk, ProbeReport, UpdateReport, UpdateRequest
-from rlrestore.weights import SyncError
+from rlrestore.weights import Published, SyncError
 
 if TYPE_CHECKING:
     from rlrestore.build import LearnerRecipe
@@ -47,7 +49,7 @@ class RayCrew(Crew):
         self.separate = placement.kind == "separate"
         self.samplers = placement.rollout_actors if self.separate else placement.ranks
         self.limit_s = placement.stage_timeout_s
-        self.version = 0
+        self.version = -1  # of the published weights
         self.latents: dict[int, Any] = {}  # chunk -> ref, of `separate`
         self.owns_ray = not ray.is_initialized()  # who started Ray ends it
         start_ray(ray_config, sum(bundle["CPU"] for bundle in bundle_list(placement)))
@@ -77,7 +79,10 @@ class RayCrew(Crew):
         starting = [
             trainer.setup.remote(recipe, rank, world, address, port, threads, self.limit_s)
             for rank, trainer in enumerate(self.trainers)
-        ] + [rollout.setup.remote(recipe.restorer, recipe.trainable, threads) for rollout in self.rollouts]
+        ] + [
+            rollout.setup.remote(recipe.restorer, recipe.trainable, threads, recipe.options.precision)
+            for rollout in self.rollouts
+        ]
         fetch(starting, start_s, "the start of trainers and rollout workers (placement.start_timeout_s)")
         fetch(self.rewards.ready, start_s, "the start of reward workers (placement.start_timeout_s)")
         self.publish()
@@ -155,7 +160,23 @@ class RayCrew(Crew):
         if not self.separate:
             return
         start = time.perf_counter()
-        refs = [trainer.publish.remote("behaviour") for trainer in self.trainers]
+        first = self._publish(0)
+        rest = [self._publish(bucket) for bucket in range(1, first.buckets)]
+        sha256 = hashlib.sha256("".join(part.sha256 for part in (first, *rest)).encode()).hexdigest()
+        moved = first.version > self.version >= 0
+        self.unchanged = self.unchanged + 1 if moved and sha256 == self.weights_sha else 0
+        if self.unchanged:
+            warnings.warn(
+                f"{self.unchanged} update(s) in a row changed no published weight (version {first.version}): all groups were "
+                "dropped, the learning rate is 0, or nothing that is published is trained",
+                stacklevel=2,
+            )
+        self.version, self.weights_sha = first.version, sha256
+        self.times.add("publish", time.perf_counter() - start)
+
+    def _publish(self, bucket: int) -> Published:
+        """From the ranks to the rollout workers, through the object store; what arrived is compared with what was sent."""
+        refs = [trainer.publish.remote("behaviour", bucket) for trainer in self.trainers]
         published = fetch(refs[0], self.limit_s, "gathering weights")
         fetch(refs[1:], self.limit_s, "gathering weights")
         answers = fetch(
@@ -167,8 +188,7 @@ class RayCrew(Crew):
                     f"a rollout worker holds version {version} ({sha256[:16]}) after version {published.version} "
                     f"({published.sha256[:16]}) was published"
                 )
-        self.version, self.weights_sha = published.version, published.sha256
-        self.times.add("publish", time.perf_counter() - start)
+        return published
 
     def probe(self, chunk: Chunk, chain: Chain) -> list[ProbeReport]:
         trainers = fetch(

@@ -44,7 +44,7 @@ class TrainerWorker:
         if world > 1 or recipe.engine == "deepspeed":
             join_group(rank, world, address, port, timeout_s)
         self.learner = recipe.build(rank, world)
-        return sum(value.numel() for value in self.learner.base.values())
+        return self.learner.trained
 
     def sample(self, chunk: Chunk, chain: Chain) -> Images:
         return self.learner.sample(chunk, chain)
@@ -55,8 +55,8 @@ class TrainerWorker:
     def sample_with(self, chunk: Chunk, chain: Chain, which: str) -> Images:
         return self.learner.sample_with(chunk, chain, which)
 
-    def publish(self, which: str) -> Published | None:
-        return self.learner.publish(which)
+    def publish(self, which: str, bucket: int) -> Published | None:
+        return self.learner.publish(which, bucket)
 
     def update(self, request: UpdateRequest, chain: Chain, *latents: Latents) -> UpdateReport:
         self.learner.give(latents)
@@ -81,8 +81,11 @@ class TrainerWorker:
 class RolloutWorker:
     """A restorer with a copy of the weights. It refuses to serve a version that it does not hold."""
 
-    def setup(self, restorer: Any, trainable: Sequence[str], threads: int) -> None:
+    def setup(self, restorer: Any, trainable: Sequence[str], threads: int, precision: str = "float32") -> None:
+        """`precision`: the engine's, so that this copy computes as the trainers' network does."""
         _quiet_threads(threads)
+        import torch
+
         from rlrestore.build import best_device, build_restorer
         from rlrestore.optimiser import select_trainable
         from rlrestore.rollout import Sampler
@@ -91,18 +94,32 @@ class RolloutWorker:
         self.network = self.sampler.restorer.denoiser
         self.names = select_trainable(self.network, trainable or self.sampler.restorer.trainable)
         self.network.requires_grad_(False)
+        if precision == "bfloat16":
+            self.network.to(torch.bfloat16)
         self.version, self.weights_sha = -1, ""
+        self.newest, self.expected = -1, 0  # version of the newest bucket, and which bucket is due
 
     def receive(self, published: Published) -> tuple[int, str]:
-        """Load weights after checking them; returns the version and the sha256 of what is now in the network."""
-        from rlrestore.weights import publish, receive
+        """Load one bucket after checking it; returns the version and the sha256 of what is now in the network.
 
-        receive(published, self.network, self.names, self.version)
-        parameters = dict(self.network.named_parameters())
-        held = publish({name: parameters[name] for name in self.names}, published.version)
-        self.version, self.weights_sha = published.version, held.sha256
+        Between the first bucket and the last this worker holds a mixture, and serves nothing.
+        """
+        from rlrestore.weights import SyncError, bucket_names, held_sha256, receive
+
+        shapes = {name: p.shape for name, p in self.network.named_parameters() if name in set(self.names)}
+        buckets = bucket_names(shapes)
+        if (published.bucket, published.buckets) != (self.expected, len(buckets)):
+            raise SyncError(
+                f"bucket {published.bucket} of {published.buckets} came where {self.expected} of {len(buckets)} was due"
+            )
+        receive(published, self.network, buckets[published.bucket], self.newest)
+        sha256 = held_sha256(published, self.network)
+        last = published.bucket == len(buckets) - 1
+        self.expected = 0 if last else published.bucket + 1
+        self.newest, self.version = published.version, published.version if last else -1
+        self.weights_sha = sha256
         self.sampler.forget()
-        return self.version, self.weights_sha
+        return published.version, sha256
 
     def sample(self, chunk: Chunk, chain: Chain, version: int) -> tuple[Images, Latents]:
         from rlrestore.weights import SyncError

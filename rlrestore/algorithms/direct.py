@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlrestore.algorithms.base import Algorithm, Batch, Loss, Needs, Point, Policies, Visit, check_options
 from rlrestore.diffusion.sampling import Chain
+from rlrestore.restorers.colour import fixed_for_tasks
 
 
 @dataclass
@@ -46,7 +47,9 @@ class DirectAlgorithm(Algorithm):
         assert batch.trajectory is not None and policies.reward is not None
         chain = batch.trajectory.chain
         z_0, visit = self.finish(policies, batch, batch.trajectory.z_NS[:, 0], chain, chain.window[0])
-        mix_B = policies.reward(policies.restorer.decode(z_0, batch.condition), batch.tasks_B).to(z_0.device)
+        restorer = policies.restorer
+        shown = fixed_for_tasks(restorer.colour_fix, restorer.decode(z_0, batch.condition), batch.tasks_B)
+        mix_B = policies.reward(shown, batch.tasks_B).to(z_0.device)
         metrics = {"direct_mix": mix_B.detach(), "z0_rms": z_0.detach().square().flatten(1).mean(1).sqrt()}
         return Loss(self.objective(mix_B), metrics, {}, visit)
 

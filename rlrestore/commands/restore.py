@@ -23,6 +23,7 @@ from rlrestore.errors import InputError
 from rlrestore.quiet import quiet
 from rlrestore.restoration import check_tiling, restore_pixels, tile_count
 from rlrestore.restorers.base import Restorer
+from rlrestore.restorers.colour import FIXES
 from rlrestore.rundir import newest_checkpoint
 
 # What is written, by suffix: Pillow's format, whether it has an alpha channel, its longest side.
@@ -47,6 +48,7 @@ class Settings:
     samples: int
     tile: int  # pixels, as overlap
     overlap: int
+    types: tuple[str, ...] = ()  # degradation types of all photos
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Photo:
 
 def run_restore(
     source: Path, target: Path, checkpoint: Path | None, seed: int, steps: int, samples: int, tile: int, overlap: int,
-    overwrite: bool,
+    overwrite: bool, colour_fix: str | None = None, types: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     """Restore `source`, a photo or a folder of them, to `target`.
 
@@ -72,12 +74,15 @@ def run_restore(
         if value < 1:
             raise InputError(f"--{name} {value} must be at least 1")
     jobs = plan_jobs(source, target, overwrite)
+    if colour_fix is not None and colour_fix not in FIXES:
+        raise InputError(f"--colour-fix {colour_fix} is unknown: choose one of {', '.join(FIXES)}")
     restorer = load_restorer(checkpoint)
+    restorer.colour_fix = restorer.colour_fix if colour_fix is None else colour_fix
     try:
         check_tiling(tile, overlap, restorer.multiple)
     except ValueError as error:
         raise InputError(f"--tile {tile} --overlap {overlap}: {error}") from error
-    failures = restore_all(restorer, jobs, Settings(seed, steps, samples, tile, overlap))
+    failures = restore_all(restorer, jobs, Settings(seed, steps, samples, tile, overlap, types))
     if failures and source.is_dir():
         names = ", ".join(path.name for path in list(failures)[:5]) + (", ..." if len(failures) > 5 else "")
         raise InputError(f"{len(failures)} of {len(jobs)} photos could not be restored (reasons above): {names}")

@@ -8,7 +8,7 @@ backwards is the loss to minimise; the engine adds gradients over ranks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class EngineOptions:
     precision: str  # of the weights: float32 | bfloat16
     micro_batch: int
     partition_threshold: int = 100_000  # ZeRO-3 leaves parameters with fewer elements whole
+    optimiser: str = "adamw"  # adamw | adamw8bit
+    offload: str = "none"  # to the host's memory: none | optimiser | weights (ZeRO-3: the shards, too)
 
 
 class Engine(ABC):
@@ -51,17 +53,20 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def full_parameters(self) -> dict[str, Tensor]:
-        """Whole trainable parameters by name, detached, float32 (master weights). Collective: call on every rank."""
+    def stream_parameters(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Whole trainable parameters (or those of `names`) one by one, detached, float32 (master weights).
+
+        Collective: consume it to its end on every rank.
+        """
 
     @torch.no_grad()
-    def assign(self, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    def assign(self, network: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Write whole values into parameters that are not the optimiser's, by name: a copy's or a frozen adapter's.
 
-        Collective, because a frozen adapter of the network may be sharded with it.
+        Collective, because a frozen adapter of the network may be sharded with it, and the values as well.
         """
         parameters = dict(network.named_parameters())
-        for name, value in weights.items():
+        for name, value in weights:
             parameters[name].copy_(value)
 
     @abstractmethod

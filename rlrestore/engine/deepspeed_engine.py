@@ -10,7 +10,7 @@ Refuses bfloat16 at stage 0, whose wrapper takes a hidden optimiser step (DeepSp
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlrestore.engine.base import Engine, EngineOptions, NonFiniteError
 from rlrestore.engine.group import forget_rendezvous
-from rlrestore.optimiser import adamw
+from rlrestore.optimiser import adamw, adamw8bit
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -36,6 +36,7 @@ TRUSTED_GLOBALS = [
     fragment_address,
 ]  # what DeepSpeed's own optimizer files hold beside tensors
 TAG = "engine"
+BUCKET = 50_000_000  # elements that are reduced, gathered or prefetched together
 # Python 3.11.0 to 3.11.3 pickle an enum by `getattr`, which no reader should have to allow; the later way is by its value.
 ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (ZeroStageEnum, (stage.value,))
 
@@ -49,9 +50,12 @@ class DeepSpeedEngine(Engine):
         self.options, self.rank, self.world = options, rank, world
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimiser = adamw(parameters, options.lr, options.betas, options.weight_decay)
+        make = adamw8bit if options.optimiser == "adamw8bit" else adamw
+        optimiser = make(parameters, options.lr, options.betas, options.weight_decay)
         if options.precision == "bfloat16":
             network = network.to(torch.bfloat16)
+        if options.zero == 3:
+            _shard(network, options)
         self.engine, *_ = deepspeed.initialize(
             model=network, model_parameters=parameters, optimizer=optimiser, config=_config(options)
         )
@@ -79,18 +83,22 @@ class DeepSpeedEngine(Engine):
             raise NonFiniteError(f"the gradient norm is {norm}")
         return float(norm)
 
-    def full_parameters(self) -> dict[str, Tensor]:
-        if self.options.zero == 0:
-            return {name: parameter.detach().float() for name, parameter in self.parameters.items()}
-        return {name: safe_get_full_fp32_param(parameter).detach() for name, parameter in self.parameters.items()}
+    def stream_parameters(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        for name in self.parameters if names is None else names:
+            parameter = self.parameters[name]
+            whole = parameter if self.options.zero == 0 else safe_get_full_fp32_param(parameter)
+            yield name, whole.detach().float()
 
-    def assign(self, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    @torch.no_grad()
+    def assign(self, network: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
         parameters = dict(network.named_parameters())
-        sharded = [parameters[name] for name in weights if hasattr(parameters[name], "ds_id")]
-        if sharded:  # a backward leaves behind, whole, what belongs to layers whose input needs no gradient
+        if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+            # a backward leaves behind, whole, what belongs to layers whose input needs no gradient
             self.engine.optimizer.parameter_offload.release_backward_leftovers()
-        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
-            super().assign(network, weights)
+        for name, value in weights:
+            parameter = parameters[name]
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
+                parameter.copy_(value)
 
     def save(self, folder: Path) -> None:
         """Frozen weights are left out: whoever loads has built them already."""
@@ -119,7 +127,33 @@ class DeepSpeedEngine(Engine):
         return norm
 
 
+def _shard(network: nn.Module, options: EngineOptions) -> None:
+    """Split a network that lies in the host's memory: parameter by parameter to the device, and a share of it stays there.
+
+    `deepspeed.initialize` would move all of it to each GPU first. Nothing but this network is touched.
+    """
+    deepspeed.zero.Init(module=network, config_dict_or_path=_config(options))
+    device = deepspeed.accelerator.get_accelerator().current_device_name()
+    for buffer in network.buffers():
+        buffer.data = buffer.data.to(device)
+
+
 def _config(options: EngineOptions) -> dict[str, Any]:
+    zero: dict[str, Any] = {
+        "stage": options.zero,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "overlap_comm": False,
+        "stage3_param_persistence_threshold": options.partition_threshold,
+        # DeepSpeed's own 1e9 each would keep a whole model of less in place
+        "stage3_prefetch_bucket_size": BUCKET,
+        "stage3_max_live_parameters": 2 * BUCKET,
+        "stage3_max_reuse_distance": 2 * BUCKET,
+    }
+    if options.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if options.offload == "weights":
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": options.micro_batch,
         "gradient_accumulation_steps": 1,
@@ -128,13 +162,8 @@ def _config(options: EngineOptions) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": options.precision == "bfloat16"},
-        "zero_optimization": {
-            "stage": options.zero,
-            "reduce_bucket_size": 5e7,
-            "allgather_bucket_size": 5e7,
-            "overlap_comm": False,
-            "stage3_param_persistence_threshold": options.partition_threshold,
-        },
+        "zero_force_ds_cpu_optimizer": False,  # its own would be compiled; ours steps on the host, too
+        "zero_optimization": zero,
     }
 
 

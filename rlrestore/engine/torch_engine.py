@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -44,12 +45,12 @@ class TorchEngine(Engine):
         self.optimiser.zero_grad(set_to_none=True)
         return float(norm)
 
-    def full_parameters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+    def stream_parameters(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self.parameters[name].detach()) for name in (self.parameters if names is None else names))
 
     def save(self, folder: Path) -> None:
         if self.rank == 0:  # ranks hold the same state
-            save_tensors(folder / "parameters.safetensors", self.full_parameters())
+            save_tensors(folder / "parameters.safetensors", dict(self.stream_parameters()))
             save_tensors(folder / "optimiser.safetensors", optimiser_tensors(self.optimiser, self.names))
         if self.world > 1:
             dist.barrier()

@@ -5,15 +5,17 @@ In: how many parameters there are and move (`Network`), who shards what (`Shardi
 in the phases in which it lives; the peak is what always lives and the largest phase. Letters: N all parameters of the denoiser,
 T trained ones, F = N - T, W ranks, b and t bytes of a frozen and of a trained weight.
 
-Not counted: the process itself (`process` is given), the reward workers, fragmentation (`slack`).
+Not counted: the process itself (`process` is given), the reward workers, fragmentation (`slack`), and what lies in the host's
+memory for a while: a base that is being opened (b F + t T; its file's pages are shared by the ranks of a node), weights that
+rank 0 saves or publishes (4 T).
 Beside measurements: `python scripts/bench_memory.py`, docs/families.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-PHASES = ("load", "sample", "backward", "step", "follow")
+PHASES = ("load", "sample", "backward", "step")
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -26,7 +28,7 @@ class Network:
     lora: bool  # copies of the policy are adapters of T parameters, not whole networks
     frozen_bytes: int = 2  # b: bytes of a frozen weight
     trained_bytes: int = 4  # t: of a trained one as the engine has it: 4, with engine.precision=bfloat16 2
-    largest_layer: int = 0  # parameters that a forward of one module needs together (ZeRO-3 gathers these)
+    largest_layer: int = 0  # parameters that ZeRO-3 has to hold whole together, however few it may
     beside: int = 0  # parameters of VAE and the like, float32
 
     @property
@@ -39,7 +41,9 @@ class Sharding:
     engine: str = "torch"  # torch | deepspeed
     zero: int = 0  # of deepspeed
     ranks: int = 1  # W
+    offload: str = "none"  # none | optimiser | weights
     bucket: int = 50_000_000  # elements that DeepSpeed reduces or gathers together
+    live: int = 150_000_000  # elements that ZeRO-3 holds whole at a time, prefetched ones included
 
     @property
     def stage(self) -> int:
@@ -78,6 +82,7 @@ class Item:
     bytes: int
     formula: str  # with the letters of this module
     phases: tuple[str, ...] = PHASES  # in which it lives
+    host: bool = False  # offloaded: in the host's memory and not the GPU's
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,17 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        """Bytes that live in every phase."""
-        return sum(item.bytes for item in self.items if item.phases == PHASES)
+        """Bytes on the device that live in every phase."""
+        return sum(item.bytes for item in self.items if item.phases == PHASES and not item.host)
+
+    @property
+    def host(self) -> int:
+        """Bytes that were offloaded."""
+        return sum(item.bytes for item in self.items if item.host)
 
     def phase(self, name: str) -> int:
-        """Bytes that live in this phase, the resident ones included."""
-        return sum(item.bytes for item in self.items if name in item.phases)
+        """Bytes on the device that live in this phase, the resident ones included."""
+        return sum(item.bytes for item in self.items if name in item.phases and not item.host)
 
     @property
     def peak_phase(self) -> str:
@@ -121,8 +131,7 @@ def trainer_memory(
     """
     items = [
         Item("process", process, "given"),
-        *_weights(network, sharding),
-        *_optimiser(network, sharding),
+        *_offloaded(sharding, [*_weights(network, sharding), *_optimiser(network, sharding)]),
         *_copies(network, sharding, copies),
         Item("activations", saved, "saved by one micro-batch", ("backward",)),
         Item("sampling", sampling, "one chunk", ("sample",)),
@@ -146,6 +155,17 @@ def rollout_memory(network: Network, *, sampling: int = 0, process: int = 0) -> 
     return Memory(tuple(item for item in items if item.bytes))
 
 
+OFFLOADED = {
+    "none": (),
+    "optimiser": ("master weights", "moments", "gradients", "float32 gradients", "step's scratch"),
+}
+OFFLOADED["weights"] = (*OFFLOADED["optimiser"], "frozen weights", "trained weights")
+
+
+def _offloaded(sharding: Sharding, items: list[Item]) -> list[Item]:
+    return [replace(item, host=item.name in OFFLOADED[sharding.offload]) for item in items]
+
+
 def _weights(network: Network, sharding: Sharding) -> list[Item]:
     b, t, over = network.frozen_bytes, network.trained_bytes, sharding.weights
     split = "" if over == 1 else " / W"
@@ -155,10 +175,13 @@ def _weights(network: Network, sharding: Sharding) -> list[Item]:
         Item("VAE", 4 * network.beside, "4 per parameter"),
     ]
     if sharding.stage == 3:
-        whole = b * network.frozen + t * network.trained
         items += [
-            Item("base before it is sharded", whole - whole // over, "(b F + t T) (1 - 1 / W)", ("load",)),
-            Item("gathered layers", 2 * b * network.largest_layer, "2 b largest layer", ("sample", "backward")),
+            Item(
+                "gathered layers",
+                b * max(network.largest_layer, min(network.parameters, sharding.live)),
+                "b max(largest layer, min(N, live))",
+                ("sample", "backward"),
+            ),
         ]
     return items
 
@@ -196,21 +219,20 @@ def _optimiser(network: Network, sharding: Sharding) -> list[Item]:
 
 
 def _copies(network: Network, sharding: Sharding, copies: Copies) -> list[Item]:
-    """`Learner.base`, `.ema`, `.old_shadow` and the twins; twins are adapters with LoRA, else whole networks on every rank."""
+    """`Learner.base`, `.ema`, `.old_shadow` (kept by slices) and the twins: adapters, or whole networks on every rank."""
     t, trained = network.trained_bytes, network.trained
     if network.lora:
         each, formula = t * trained // sharding.weights, "t T" if sharding.weights == 1 else "t T / W"
     else:
         each, formula = network.frozen_bytes * network.frozen + t * trained, "b F + t T, whole on every rank"
-    kept = 4 * trained
+    kept = 4 * trained // sharding.ranks
     return [
         Item("scratch of evaluation", each, formula),
         Item("old policy", each * copies.old, formula),
         Item("reference policy", each * copies.reference, formula),
-        Item("start (base)", t * trained, "t T"),
-        Item("EMA", kept, "4 T"),
-        Item("old policy in float32", kept * copies.old, "4 T"),
-        Item("gathered float32 weights", kept, "4 T", ("follow",)),
+        Item("start (base)", kept, "4 T / W"),
+        Item("EMA", kept, "4 T / W"),
+        Item("old policy in float32", kept * copies.old, "4 T / W"),
     ]
 
 

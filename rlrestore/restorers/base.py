@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -65,6 +65,7 @@ class Restorer(ABC):
     denoiser: nn.Module
     multiple: int  # photo sides are padded to a multiple of this inside `condition`
     t_max: float = 1.0  # where sampling starts: below 1 for variance-preserving models
+    colour_fix: str = "none"  # of `restorers.colour.FIXES`: what every decoded picture goes through before it is seen
     one_step: bool = False  # no schedule and no density: the network is defined at t = 1 alone
     trainable: tuple[str, ...] = ()  # patterns of the denoiser's parameters that training moves; () is all
     saves_frozen: bool = True  # whether `save` wants the denoiser's frozen parameters beside the trained ones
@@ -74,12 +75,18 @@ class Restorer(ABC):
         return next(self.denoiser.parameters()).device
 
     @abstractmethod
-    def to(self, device: torch.device | str) -> Self:
-        """Move all networks; what is passed in must then be on that device, results are on it."""
+    def to(self, device: torch.device | str, denoiser: bool = True) -> Self:
+        """Move all networks; what is passed in must then be on that device, results are on it.
+
+        Without `denoiser` that one stays where it is, for an engine that takes it from there.
+        """
 
     @abstractmethod
-    def condition(self, lq_BCHW: Tensor) -> Condition:
-        """LQ photos [B, 3, H, W] in [0, 1] -> what the denoiser needs of them. No gradient."""
+    def condition(self, lq_BCHW: Tensor, types_B: Sequence[Collection[str]] = ()) -> Condition:
+        """LQ photos [B, 3, H, W] in [0, 1] -> what the denoiser needs of them. No gradient.
+
+        `types_B`: degradation types of each, for a restorer that is told what is wrong; () is unknown.
+        """
 
     @abstractmethod
     def latent_shape(self, condition: Condition) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -94,15 +94,16 @@ class EmbeddedRestorer(Restorer):
             network.eval().requires_grad_(name == "denoiser")
         # no dropout, no running statistics: train and eval are the same arithmetic
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str, denoiser: bool = True) -> Self:
         for network in self._networks().values():
-            network.to(device)
+            if denoiser or network is not self.denoiser:
+                network.to(device)
         return self
 
     # -- the convention ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def condition(self, lq_BCHW: Tensor) -> EmbeddedCondition:
+    def condition(self, lq_BCHW: Tensor, types_B: Sequence[Collection[str]] = ()) -> EmbeddedCondition:
         lq = self._unshuffle(lq_BCHW)
         mean, log_spread = self._mean_over_views(lq)
         return self.condition_from_prediction(lq, mean, log_spread, (lq_BCHW.shape[-2], lq_BCHW.shape[-1]))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from rlrestore.restorers.base import Condition, Restorer
+from rlrestore.restorers.colour import check_fix
 from rlrestore.restorers.lora import DEFAULT, TRAINED, LoraSpec, Policy, add_lora, new_policy
 from rlrestore.restorers.pretrained import load_part, local_folder, open_index
 from rlrestore.restorers.prompts import Embeddings, prompt_embeddings, write_embeddings
@@ -37,6 +38,7 @@ class PipelineConfig:
     weights: str = MISSING
     revision: str | None = None  # commit of a hub id
     prompt: str = ""
+    prompts: dict[str, str] = field(default_factory=dict)  # degradation type ("haze", "haze|rain") -> its own prompt
     prompt_embeds: str | None = (
         None  # safetensors of `rlrestore cache-prompts`; null: the pipeline's text encoders, once
     )
@@ -49,6 +51,9 @@ class PipelineConfig:
     init_seed: int = 0  # of the adapter
     precision: str = "bfloat16"  # of the frozen weights: bfloat16 | float32; adapters and the VAE are float32
     checkpointing: bool = False  # gradient checkpointing: activations of one block instead of all
+    colour_fix: str = (
+        "none"  # none | wavelet | adain: large-scale colour of the LQ, for rewards, metrics and `restore` alike
+    )
     vae_tiling: bool = False  # encode and decode large photos in tiles; not neutral
 
 
@@ -56,6 +61,7 @@ class PipelineConfig:
 class LatentCondition(Condition):
     hint: Tensor  # [B, c', h', w'] what the family shows its network of the LQ
     shape: tuple[int, int, int]  # (c, h, w) of the state
+    prompt_B: Tensor  # [B] int64, which of the restorer's prompts
 
 
 class PipelineRestorer(Restorer):
@@ -81,6 +87,8 @@ class PipelineRestorer(Restorer):
         self.config = config
         if config.precision not in ("bfloat16", "float32"):
             raise ValueError(f"restorer.precision is '{config.precision}': choose bfloat16 or float32")
+        check_fix(config.colour_fix, "restorer.colour_fix")
+        self.colour_fix = config.colour_fix
         self.folder = local_folder(config.weights, config.revision)
         self.index = open_index(self.folder, self.kind, self.pipelines)
         dtype = getattr(torch, config.precision)
@@ -96,7 +104,7 @@ class PipelineRestorer(Restorer):
         self.multiple = self.vae_factor * self.patch
         self.denoiser = self.make_denoiser(networks)
         self._make_trainable()
-        self.prompt, self.negative = self._load_text(config)
+        self.prompt_types, self.prompt, self.negative = self._load_text(config)
 
     # -- what a family says ----------------------------------------------------------------------------------------
 
@@ -126,20 +134,22 @@ class PipelineRestorer(Restorer):
 
     # -- the convention --------------------------------------------------------------------------------------------
 
-    def to(self, device: torch.device | str) -> Self:
-        self.denoiser.to(device)
+    def to(self, device: torch.device | str, denoiser: bool = True) -> Self:
+        if denoiser:
+            self.denoiser.to(device)
         self.vae.to(device)
         for text in (self.prompt, self.negative):
             text.update({name: value.to(device) for name, value in text.items()})
         return self
 
     @torch.no_grad()
-    def condition(self, lq_BCHW: Tensor) -> LatentCondition:
+    def condition(self, lq_BCHW: Tensor, types_B: Sequence[Collection[str]] = ()) -> LatentCondition:
         height, width = lq_BCHW.shape[-2:]
         padded = self.padded(lq_BCHW)
         shape = (self.latent_channels, padded.shape[-2] // self.vae_factor, padded.shape[-1] // self.vae_factor)
         self.check_shape(shape)
-        return LatentCondition((height, width), self.hint(padded).float(), shape)
+        prompt_B = torch.tensor([self.prompt_of(types) for types in types_B] or [0] * len(lq_BCHW))
+        return LatentCondition((height, width), self.hint(padded).float(), shape, prompt_B.to(lq_BCHW.device))
 
     def latent_shape(self, condition: Condition) -> tuple[int, ...]:
         assert isinstance(condition, LatentCondition)
@@ -149,7 +159,7 @@ class PipelineRestorer(Restorer):
         assert isinstance(condition, LatentCondition) and z_t.dtype == torch.float32
         net = self.denoiser if net is None else net
         rows, dtype = len(z_t), dtype_of(net)
-        v = self.predict(net, z_t, t_B, condition, _rows(self.prompt, rows, dtype))
+        v = self.predict(net, z_t, t_B, condition, _chosen(self.prompt, condition.prompt_B, dtype))
         if self.config.cfg == 1:
             return v
         return self.guide(v, self.predict(net, z_t, t_B, condition, _rows(self.negative, rows, dtype)))
@@ -197,14 +207,23 @@ class PipelineRestorer(Restorer):
 
     # -- the prompt ------------------------------------------------------------------------------------------------
 
-    def _load_text(self, config: PipelineConfig) -> tuple[Embeddings, Embeddings]:
+    def prompt_of(self, types: Collection[str]) -> int:
+        """Which prompt a photo of these degradation types gets: that of all of them, of one of them, or the general one."""
+        together = "|".join(sorted(types))
+        known = [name for name in self.prompt_types if name and (name == together or name in types)]
+        return self.prompt_types.index(max(known, key=len)) if known else 0
+
+    def _load_text(self, config: PipelineConfig) -> tuple[tuple[str, ...], Embeddings, Embeddings]:
+        """(degradation types that have a prompt, the general one first as "", their embeddings in a row, the negative one's)."""
         if not self.text:
-            return {}, {}
-        prompt = prompt_embeddings(self.folder, config.prompt, config.prompt_embeds, self.encode_text)
+            return ("",), {}, {}
+        types, prompt = prompt_embeddings(
+            self.folder, {"": config.prompt, **config.prompts}, config.prompt_embeds, self.encode_text
+        )
         negative: Embeddings = {}
         if config.cfg != 1:
-            negative = prompt_embeddings(
-                self.folder, config.negative_prompt, config.negative_prompt_embeds, self.encode_text
+            _, negative = prompt_embeddings(
+                self.folder, {"": config.negative_prompt}, config.negative_prompt_embeds, self.encode_text
             )
         for key, embeddings in (("prompt_embeds", prompt), ("negative_prompt_embeds", negative)):
             if embeddings and (missing := set(self.text) - set(embeddings)):
@@ -212,7 +231,7 @@ class PipelineRestorer(Restorer):
                     f"restorer.{key} has no {', '.join(sorted(missing))}: write it with `rlrestore cache-prompts` from this "
                     "family's pipeline"
                 )
-        return prompt, negative
+        return types, prompt, negative
 
     # -- what is trained -------------------------------------------------------------------------------------------
 
@@ -250,7 +269,12 @@ class PipelineRestorer(Restorer):
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / TENSORS)
         for name, text in ((PROMPT, self.prompt), (NEGATIVE, self.negative)):
             if text:
-                write_embeddings(folder / name, {key: value.cpu() for key, value in text.items()}, self.config.prompt)
+                write_embeddings(
+                    folder / name,
+                    {key: value.cpu() for key, value in text.items()},
+                    self.config.prompt,
+                    self.prompt_types if name == PROMPT else ("",),
+                )
         is_local = Path(self.config.weights).is_dir()
         config = {**asdict(self.config), "weights": str(self.folder) if is_local else self.config.weights}
         (folder / CONFIG).write_text(json.dumps({"kind": self.kind, **config}, indent=1) + "\n")
@@ -306,6 +330,13 @@ def _load_trained(folder: Path, module: nn.Module) -> None:
         raise ValueError(
             f"restorer.weights: {folder / TENSORS} does not fit its base ({error}): copy it again"
         ) from error
+
+
+def _chosen(text: Embeddings, prompt_B: Tensor, dtype: torch.dtype) -> Embeddings:
+    """Row b gets prompt `prompt_B[b]`."""
+    if all(len(value) == 1 for value in text.values()):
+        return _rows(text, len(prompt_B), dtype)
+    return {name: (value.to(dtype) if value.is_floating_point() else value)[prompt_B] for name, value in text.items()}
 
 
 def _rows(text: Embeddings, count: int, dtype: torch.dtype) -> Embeddings:

@@ -11,32 +11,57 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlrestore.restorers.pretrained import INDEX, check_safe
 
-Embeddings = dict[str, Tensor]  # name -> [1, ...]
+Embeddings = dict[str, Tensor]  # name -> [P, ...], one row a prompt
 Encode = Callable[[Any, str], Embeddings]  # (pipeline with text encoders, prompt)
 
 
-def prompt_embeddings(folder: Path, prompt: str, file: str | None, encode: Encode) -> Embeddings:
-    """Embeddings of `prompt` for the pipeline in `folder`, each with a batch axis of 1."""
+def prompt_embeddings(
+    folder: Path, prompts: Mapping[str, str], file: str | None, encode: Encode
+) -> tuple[tuple[str, ...], Embeddings]:
+    """Embeddings of several prompts of the pipeline in `folder`, by what they are for, one row each, and their order.
+
+    The first is the general one, for "". A `file` brings its own prompts and order.
+    """
     if file is not None:
         return read_embeddings(Path(file))
-    cached = _cache_file(folder, prompt)
-    if cached.is_file():
-        return read_embeddings(cached)
-    embeddings = encode_prompt(folder, prompt, encode)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    write_embeddings(cached, embeddings, prompt)
-    return embeddings
+    rows = []
+    for prompt in prompts.values():
+        cached = _cache_file(folder, prompt)
+        if not cached.is_file():
+            embeddings = encode_prompt(folder, prompt, encode)
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_embeddings(cached, embeddings, prompt)
+        rows.append(read_embeddings(cached)[1])
+    return tuple(prompts), stack_embeddings(rows)
+
+
+def stack_embeddings(rows: Sequence[Embeddings]) -> Embeddings:
+    """One row a prompt. Prompts of different lengths (Qwen's) are padded, and a mask says with what."""
+    if len(rows) == 1:
+        return rows[0]
+    lengths = [row["prompt_embeds"].shape[1] for row in rows]
+    if len(set(lengths)) > 1:
+        rows = [_padded(row, max(lengths)) for row in rows]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _padded(row: Embeddings, length: int) -> Embeddings:
+    embeds = row["prompt_embeds"]
+    mask = row.get("prompt_embeds_mask", torch.ones(embeds.shape[:2], dtype=torch.int64))
+    missing = length - embeds.shape[1]
+    return {**row, "prompt_embeds": pad(embeds, (0, 0, 0, missing)), "prompt_embeds_mask": pad(mask, (0, missing))}
 
 
 @torch.no_grad()
@@ -61,20 +86,23 @@ def encode_prompt(folder: Path, prompt: str, encode: Encode) -> Embeddings:
     return embeddings
 
 
-def read_embeddings(file: Path) -> Embeddings:
+def read_embeddings(file: Path) -> tuple[tuple[str, ...], Embeddings]:
+    """(what each row is for, embeddings)."""
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
+        with safe_open(file, "pt") as opened:
+            types = json.loads((opened.metadata() or {}).get("types", '[""]'))
+        return tuple(types), load_file(file)
+    except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(
             f"restorer.prompt_embeds: {file} cannot be read ({error}): write it with `rlrestore cache-prompts`"
         ) from error
 
 
-def write_embeddings(file: Path, embeddings: Mapping[str, Tensor], prompt: str) -> None:
+def write_embeddings(file: Path, embeddings: Mapping[str, Tensor], prompt: str, types: Sequence[str] = ("",)) -> None:
     """Whole or not at all; several ranks may write the same one."""
     temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
     try:
-        save_file(dict(embeddings), temporary, {"prompt": prompt})
+        save_file(dict(embeddings), temporary, {"prompt": prompt, "types": json.dumps(list(types))})
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

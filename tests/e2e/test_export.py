@@ -52,7 +52,7 @@ def tuned(folder: Path, kind: str, **options: Any) -> Path:
     check_parts(config)
     learner = build_crew(config, StageTimes()).learner
     generator = torch.Generator().manual_seed(0)
-    for value in learner.ema.shadow.values():
+    for value in learner.ema.slices.values():
         value.add_(0.05 * torch.randn(value.shape, generator=generator))
     target = folder / f"tuned_{kind}_{'_'.join(map(str, options.values()))}"
     learner.export(target, "ema")

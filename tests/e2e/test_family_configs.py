@@ -9,18 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from rewards.ll_score.model import LLScoreConfig, new_ll_score
 from rlrestore.build import build_crew, check_parts, load_train_config
 from rlrestore.config import TrainConfig
 from rlrestore.config_files import read_yaml
 from rlrestore.crew import StageTimes
 from tests.tiny import iterate
 from tests.tiny_pipelines import prompt_options, save_pipeline
+from tests.tiny_qwen import save_tiny_qwen
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs/families").glob("*.yaml"))
-REPLACED_REWARDS = {"ssim_rgb": {"weight": 1.0}, "low_frequency": {"weight": 1.0}}  # the config's own need weights
+REPLACED_REWARDS = {"ssim_rgb": {"weight": 1.0}, "low_frequency": {"weight": 1.0}}  # where its own need weights
+
+
+def tiny_rewards(rewards: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """LL-Score stays, with a random judge of 0.1 M parameters; what needs weights that nobody can make here is replaced."""
+    if not all(name.startswith("ll_score") for name in rewards):
+        return REPLACED_REWARDS
+    base = save_tiny_qwen(folder / "qwen")
+    judge = new_ll_score(LLScoreConfig(str(base), lora_rank=8, lora_alpha=16, min_px=32 * 32, max_px=64 * 64))
+    with torch.no_grad():
+        for parameter in judge.parameter_groups()["heads"]:  # their last layers start at 0
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    judge.save(folder / "judge")
+    return {name: {**term, "params": {"checkpoint": str(folder / "judge")}} for name, term in rewards.items()}
 
 
 def twin(config: Path, folder: Path) -> TrainConfig:
@@ -31,7 +47,7 @@ def twin(config: Path, folder: Path) -> TrainConfig:
     if "controlnet" in data["restorer"]:
         data["restorer"]["controlnet"] = str(save_pipeline(kind, folder) / "controlnet")
     data["env"] = {"kind": "photos", "size": 32, "recipe": "mild"}
-    data["rewards"], data["evaluate"] = REPLACED_REWARDS, {"tasks": 2, "samples": 1}
+    data["rewards"], data["evaluate"] = tiny_rewards(data["rewards"], folder), {"tasks": 2, "samples": 1}
     samples = 2 * data["algorithm"].get("pairs", 1)
     data["rollout"] = {"groups": 2, "samples": samples, "batch": samples}
     data["engine"] |= {"kind": "torch", "micro_batch": samples}

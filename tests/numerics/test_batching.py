@@ -225,3 +225,11 @@ def test_the_size_of_a_step():
     assert Chain(times, "flow_sde", 0.7, (1,)).step_scale(1) == pytest.approx(0.1)
     # cps: |d mean / d v| = .238197, as in test_kernels
     assert Chain(times, "cps", 0.8, (1,)).step_scale(1) == pytest.approx(0.238197, abs=1e-6)
+
+
+def test_photos_of_several_sizes_never_share_a_chunk() -> None:
+    """Groups of 4: two of 32 x 32, one of 32 x 48. Batches of 8 end where the size changes."""
+    sizes = [(32, 32), (32, 32), (32, 48)]
+    tasks = [Task(str(index), torch.zeros(3, *size), ()) for index, size in enumerate(sizes)]
+    assert [[row.group for row in chunk.rows] for chunk in make_chunks(tasks, 4, 8, 0)] == [[0] * 4 + [1] * 4, [2] * 4]
+    assert [len(chunk.rows) for chunk in make_chunks(tasks, 4, 2, 0)] == [2] * 6

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from envs.registry import ENVS
 from rlrestore.actors.workers import RolloutWorker
 from rlrestore.build import RESTORERS, build_crew, check_parts
+from rlrestore.config_files import ConfigError, Plugin
 from rlrestore.crew import LocalCrew, StageTimes
 from rlrestore.diffusion.sampling import Chain, sample
 from rlrestore.restorers.lora import matched_modules
@@ -64,7 +68,16 @@ def test_grpo_moves_the_adapter_alone_and_is_on_policy(folder: Path, kind: str) 
     assert set(crew.learner.weights("current")) == {name for name in before if ".lora_" in name and ".default." in name}
 
 
-@pytest.mark.parametrize("kind", ["flux_kontext", "one_step", "sd_controlnet"])
+NFT_DEFAULT = ("flux_kontext", "one_step", "sd_controlnet")  # the others are slow tests; two ranks have them all, too
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in NFT_DEFAULT else pytest.mark.slow)
+        for kind in sorted(set(RESTORERS) - {"embedded"})
+    ],
+)
 def test_nft_moves_the_adapter_and_its_slow_copy(folder: Path, kind: str) -> None:
     crew, before, reports = one_iteration(folder, kind, "nft")
     assert reports[0].grad_norms[0] > 0
@@ -95,7 +108,7 @@ def test_copies_are_adapters_of_one_network(folder: Path) -> None:
     crew, _, _ = one_iteration(folder, "flux_kontext", "nft", ("regularise.velocity=0.1",))
     learner, restorer = crew.learner, crew.learner.restorer
     size = sum(p.numel() for p in learner.scratch.parameters())
-    assert size == sum(value.numel() for value in learner.base.values())
+    assert size == learner.trained
     assert learner.scratch.network is learner.old.network is learner.reference.network is restorer.denoiser
     condition = restorer.condition(torch.rand(1, 3, 32, 32))
     z, t_B = torch.randn(1, *restorer.latent_shape(condition)), torch.tensor([0.5])
@@ -108,8 +121,8 @@ def test_copies_are_adapters_of_one_network(folder: Path) -> None:
         ]
     assert torch.equal(answers[0], answers[3]) and torch.equal(answers[1], answers[4])
     assert not torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
-    assert {n for n, p in restorer.denoiser.named_parameters() if p.requires_grad} == set(learner.base)
-    assert all(".default." in name for name in learner.base)
+    assert {n for n, p in restorer.denoiser.named_parameters() if p.requires_grad} == set(learner.base.shapes)
+    assert all(".default." in name for name in learner.base.shapes)
 
 
 def test_the_reference_is_the_network_without_its_adapter(folder: Path) -> None:
@@ -159,7 +172,16 @@ def test_targets_are_ends_of_names() -> None:
     assert matched_modules(net, [r"attn\.to_\w"]) == ["attn.to_q"]
 
 
-@pytest.mark.parametrize("kind", ["flux_kontext", "one_step", "sd_upscale"])
+OVERFIT_DEFAULT = ("flux_kontext", "one_step", "sd_upscale")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in OVERFIT_DEFAULT else pytest.mark.slow)
+        for kind in sorted(set(RESTORERS) - {"embedded"})
+    ],
+)
 def test_supervised_training_fits_two_pairs_through_the_adapter(folder: Path, kind: str) -> None:
     """Adam on one fixed draw of times and noise: the loss falls, and nothing but the adapter moves."""
     restorer = build_crew(family_config(folder, kind, "nft", ("restorer.lora_rank=8",)), StageTimes()).learner.restorer
@@ -205,3 +227,28 @@ def test_a_rollout_worker_serves_the_published_adapter(folder: Path) -> None:
         worker.receive(replace(published, blob=published.blob[:-1] + b"x"))
     with pytest.raises(SyncError, match="holds weights version 1, version 2 was asked for"):
         worker.sample(chunk, chain, 2)
+
+
+def test_photos_of_any_size_are_trained_on_whole(folder: Path, tmp_path: Path) -> None:
+    """A group has one size; odd sides are padded inside and cut back, and rollout and replay still agree."""
+    for name in ("lq", "gt"):
+        (tmp_path / name).mkdir()
+    for index in range(8):
+        height, width = ((37, 50), (64, 32))[index % 2]
+        pixels = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        for name in ("lq", "gt"):
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    plain = family_config(
+        folder, "flux_kontext", "grpo", ("rollout.batch=2", "engine.micro_batch=2", "rollout.groups=4")
+    )
+    schema = ENVS["paired"][0]
+    whole = Plugin("paired", schema(lq_dir=str(tmp_path / "lq"), gt_dir=str(tmp_path / "gt"), size=None))
+    config = replace(plain, env=whole)
+    env = check_parts(config)
+    assert len({task.lq.shape for task in env.draw(0, 4)}) == 2
+    crew = build_crew(config, StageTimes())
+    scored, reports = iterate(crew, config, env, 0)
+    assert all(part.images.pixels.shape[-2:] == part.chunk.tasks_of(slice(1))[0].lq.shape[-2:] for part in scored)
+    assert reports[0].maxima["ratio_deviation_max_on_policy"] < IDENTITY and reports[0].grad_norms[0] > 0
+    with pytest.raises(ConfigError, match=r"photos may have several sizes, and rollout\.batch=4 mixes groups"):
+        check_parts(replace(config, rollout=replace(config.rollout, batch=4)))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from rlrestore.build import RESTORERS, build_restorer, check_parts
 from rlrestore.config_files import ConfigError, Plugin
+from rlrestore.optimiser import adamw8bit
 from rlrestore.restorers.base import Restorer
 from rlrestore.restorers.pretrained import KIND_OF_PIPELINE, local_folder
 from tests.tiny_pipelines import family_config, prompt_options, save_pipeline
@@ -147,3 +152,56 @@ def test_rows_of_a_batch_do_not_see_one_another(folder: Path) -> None:
         for row in (0, 1):
             alone = restorer.velocity(z[row : row + 1], t_B[row : row + 1], restorer.condition(photos[row : row + 1]))
             assert float((alone - together[row : row + 1]).abs().max()) < 1e-4
+
+
+def test_bfloat16_weights_are_not_trained_without_masters(folder: Path) -> None:
+    whole = ["restorer.lora_rank=0", "restorer.precision=bfloat16"]
+    with pytest.raises(
+        ConfigError, match=r"without float32 masters \(engine.precision=float32\): set restorer.lora_rank"
+    ):
+        check_parts(family_config(folder, "sd_controlnet", "nft", whole))
+    check_parts(
+        family_config(
+            folder,
+            "sd_controlnet",
+            "nft",
+            [*whole, "engine.kind=deepspeed", "engine.zero=1", "engine.precision=bfloat16"],
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["engine.offload=optimiser"], "engine.offload=optimiser needs engine.kind=deepspeed, got torch"),
+        (["engine.kind=deepspeed", "engine.zero=0", "engine.offload=optimiser"], "needs engine.zero >= 1, got 0"),
+        (
+            ["engine.kind=deepspeed", "engine.offload=weights"],
+            "needs engine.zero=3, got 2: set it, or offload=optimiser",
+        ),
+        (["engine.kind=deepspeed", "engine.optimiser=adamw8bit"], "needs bitsandbytes: pip install bitsandbytes"),
+        (["engine.optimiser=adamw9bit"], "engine.optimiser=adamw9bit is unknown"),
+        (["restorer.colour_fix=sepia"], "restorer.colour_fix 'sepia' is unknown: choose one of adain, none, wavelet"),
+    ],
+)
+def test_thrift_that_cannot_be_had(
+    folder: Path, overrides: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest)
+    )
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        check_parts(family_config(folder, "sd_controlnet", "nft", overrides))
+
+
+def test_eight_bit_moments_come_from_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in under the package's name: it is not installed here, and runs on GPUs."""
+    stand_in = ModuleType("bitsandbytes")
+    stand_in.optim = SimpleNamespace(AdamW8bit=torch.optim.AdamW)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", stand_in.optim)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimiser = adamw8bit([parameter], 0.5, (0.9, 0.99), 0.1)
+    assert optimiser.defaults["lr"] == 0.5 and optimiser.defaults["betas"] == (0.9, 0.99)
+    assert optimiser.defaults["weight_decay"] == 0.1 and optimiser.param_groups[0]["params"] == [parameter]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,9 +20,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from rlrestore.build import RESTORERS
+from rlrestore.cli import app
 from rlrestore.restorers.flux2_klein import Flux2KleinRestorer
+from rlrestore.restorers.prompts import stack_embeddings
 from rlrestore.restorers.qwen_image_edit import QwenImageEditRestorer
-from tests.tiny_pipelines import PROMPT, flow_scheduler
+from tests.tiny_pipelines import PROMPT, flow_scheduler, save_pipeline
 
 SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
 
@@ -89,3 +93,60 @@ def test_kleins_prompt_is_three_layers_side_by_side() -> None:
         other = Flux2KleinRestorer.encode_text(pipe, PROMPT[::-1])
     assert tuple(found["prompt_embeds"].shape) == (1, 512, 12)  # layers 9, 18, 27
     assert not torch.equal(found["prompt_embeds"], other["prompt_embeds"])
+
+
+# -- several prompts ---------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_different_lengths_are_padded_and_masked() -> None:
+    short, long = torch.ones(1, 2, 4), torch.full((1, 3, 4), 2.0)
+    stacked = stack_embeddings([{"prompt_embeds": short}, {"prompt_embeds": long}])
+    assert stacked["prompt_embeds"].shape == (2, 3, 4)
+    assert stacked["prompt_embeds_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert float(stacked["prompt_embeds"][0, 2].abs().max()) == 0
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(a tiny pipeline with text encoders, embeddings of three prompts written by the command)."""
+    folder = tmp_path_factory.mktemp("prompts")
+    weights, target = save_pipeline("sd_controlnet", folder), folder / "prompts.safetensors"
+    with pytest.raises(SystemExit) as stop:
+        app([
+            "cache-prompts", str(weights), str(target), "--prompt", PROMPT, "--for", "haze=clear the air",
+            "--for", "rain|haze=dry the air",
+        ])  # fmt: skip
+    assert stop.value.code == 0
+    return weights, target
+
+
+def test_each_photo_gets_the_prompt_of_its_type(several: tuple[Path, Path], tmp_path: Path) -> None:
+    weights, target = several
+    config = {"weights": str(weights), "precision": "float32", "lora_rank": 2}
+    schema, family = RESTORERS["sd_controlnet"]
+    told = family(schema(**config, prompt_embeds=str(target)))
+    assert told.prompt_types == ("", "haze", "haze|rain")
+    assert [told.prompt_of(types) for types in ((), ("haze",), ("rain", "haze"), ("blur", "haze"), ("rain",))] == [
+        0, 1, 2, 1, 0,
+    ]  # fmt: skip
+    asked = family(schema(**config, prompt=PROMPT, prompts={"haze": "clear the air", "haze|rain": "dry the air"}))
+    assert all(torch.equal(value, asked.prompt[name]) for name, value in told.prompt.items())
+    lq = torch.rand(1, 3, 32, 32).repeat(2, 1, 1, 1)
+    both = told.condition(lq, [(), ("haze",)])
+    z, t_B = torch.randn(1, *told.latent_shape(both)).repeat(2, 1, 1, 1), torch.tensor([0.5, 0.5])
+    with torch.no_grad():
+        v = told.velocity(z, t_B, both)
+        assert not torch.equal(v[0], v[1])  # one photo, one noise, two prompts
+        haze = told.velocity(z[1:], t_B[1:], told.condition(lq[1:], [("haze",)]))
+        general = told.velocity(z[:1], t_B[:1], told.condition(lq[:1]))
+    assert torch.allclose(v[1], haze[0], atol=1e-5) and torch.allclose(v[0], general[0], atol=1e-5)
+    told.save(tmp_path)
+    again = family(schema(weights=str(tmp_path)))
+    assert again.prompt_types == told.prompt_types
+    assert all(torch.equal(value, again.prompt[name]) for name, value in told.prompt.items())
+
+
+def test_a_prompt_without_its_type_is_refused(several: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        app(["cache-prompts", str(several[0]), str(several[1].with_name("new.safetensors")), "--for", "haze"])
+    assert stop.value.code == 64 and "is not TYPE=PROMPT" in capsys.readouterr().err

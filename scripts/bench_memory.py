@@ -1,0 +1,187 @@
+"""Peak memory a rank, measured beside the formula of `rlrestore.planning.memory`, for a random transformer of 214 M parameters.
+
+A Kontext pipeline is saved to disk and trained by two CPU ranks for one GRPO iteration (sample, update, EMA, evaluation's
+weights), once a row. Measured is the largest resident set of either rank (VmHWM) less what the process had after its imports; it is
+reset after start-up, so that opening the pipeline does not count. Needs 10 GB of memory and 2 GB of disk:
+
+    python scripts/bench_memory.py [--size 48] [--only lora]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["MALLOC_MMAP_THRESHOLD_"] = (
+    "65536"  # what is freed goes back at once: the peak is of tensors, not of the heap
+)
+os.environ["MALLOC_TRIM_THRESHOLD_"] = "65536"
+
+import torch
+import torch.multiprocessing
+import yaml
+
+from rlrestore.build import LearnerRecipe, build_env, load_train_config
+from rlrestore.credit import Credit
+from rlrestore.engine.build import free_port
+from rlrestore.planning.memory import (
+    Copies,
+    Memory,
+    Network,
+    Sharding,
+    Transformer,
+    saved_by_transformer,
+    trainer_memory,
+)
+from rlrestore.quiet import quiet
+from rlrestore.stages import make_chunks, rollout_chain, update_requests
+
+RANKS, ROWS = 2, 2  # rows of a chunk and of a micro-batch
+HIDDEN, DOUBLE, SINGLE, TEXT = 1024, 4, 4, 6
+VAE_PX = 4  # pixels of a token's side: the tiny VAE halves, a token is 2 x 2 cells
+CASES = [
+    *(("lora", zero, checkpointing) for zero in (0, 2, 3) for checkpointing in (False, True)),
+    *(("full", zero, checkpointing) for zero in (2, 3) for checkpointing in (False, True)),
+]
+
+
+def save_kontext(folder: Path) -> int:
+    """A random pipeline, its transformer in bfloat16; returns the number of the transformer's parameters."""
+    import diffusers
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=DOUBLE, num_single_layers=SINGLE, attention_head_dim=128, num_attention_heads=HIDDEN // 128,
+        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
+    ).to(torch.bfloat16)  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, use_quant_conv=False, use_post_quant_conv=False,
+        shift_factor=0.1159, scaling_factor=0.3611,
+    )  # fmt: skip
+    diffusers.FluxKontextPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=vae, transformer=transformer,
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+    ).save_pretrained(folder / "kontext")  # fmt: skip
+    save_file(
+        {"prompt_embeds": torch.randn(1, TEXT, 64), "pooled_prompt_embeds": torch.randn(1, 64)},
+        folder / "prompt.safetensors",
+    )
+    return sum(parameter.numel() for parameter in transformer.parameters())
+
+
+def write_config(folder: Path, mode: str, zero: int, checkpointing: bool, size: int) -> Path:
+    lora = mode == "lora"
+    config: dict[str, Any] = {
+        "run": {"name": "bench", "dir": str(folder / "runs"), "steps": 1},
+        "env": {"kind": "photos", "size": size},
+        "restorer": {
+            "kind": "flux_kontext", "weights": str(folder / "kontext"), "prompt_embeds": str(folder / "prompt.safetensors"),
+            "lora_rank": 32 if lora else 0, "checkpointing": checkpointing,
+        },
+        "algorithm": {"kind": "grpo", "updates": 1},
+        "rewards": {"ssim_rgb": {}},
+        "rollout": {"groups": RANKS, "samples": ROWS, "batch": ROWS},
+        "sampling": {"steps": 2, "window": 1, "window_range": [0, 1]},
+        "engine": {"kind": "deepspeed", "zero": zero, "precision": "float32" if lora else "bfloat16", "micro_batch": ROWS},
+        "placement": {"kind": "colocated", "ranks": RANKS},
+    }  # fmt: skip
+    path = folder / f"{mode}_{zero}_{checkpointing}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def status_kb(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def rank_main(rank: int, config_path: str, port: int, answer: str) -> None:
+    """Build, forget the peak of that, train one iteration; rank r writes what it measured."""
+    quiet()
+    torch.set_num_threads(1)
+    from rlrestore.engine.group import join_group
+
+    join_group(rank, RANKS, "127.0.0.1", port, 1800.0)
+    config = load_train_config(config_path)
+    env = build_env(config.env)
+    import deepspeed  # noqa: F401  (what the libraries take is not the model's)
+    import diffusers
+    import peft  # noqa: F401
+
+    _ = diffusers.FluxTransformer2DModel, diffusers.AutoencoderKL
+    tasks = env.draw(0, RANKS)
+    gc.collect()
+    before = status_kb("VmRSS")
+    learner = LearnerRecipe.of(config).build(rank, RANKS)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again here
+    resident = status_kb("VmRSS") - before
+    chain = rollout_chain(config.sampling, 0, 0, learner.algorithm)
+    chunks = make_chunks(tasks, ROWS, ROWS, 0, 0)
+    learner.sample(chunks[rank], chain)
+    credit = Credit(torch.tensor([1.0, -1.0] * RANKS), torch.ones(ROWS * RANKS), {})
+    learner.update(update_requests(chunks, credit, RANKS, ROWS, 1, 0, 0)[rank], chain)
+    learner.load_scratch("ema")
+    measured = {"peak": status_kb("VmHWM") - before, "resident": resident, "trained": learner.trained}
+    Path(f"{answer}{rank}").write_text(json.dumps(measured))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def reckon(mode: str, zero: int, checkpointing: bool, size: int, parameters: int, trained: int) -> Memory:
+    lora = mode == "lora"
+    network = Network(
+        parameters + trained if lora else parameters, trained, lora, trained_bytes=4 if lora else 2, beside=44_000
+    )
+    tokens = TEXT + 2 * (size // VAE_PX) ** 2
+    model = Transformer((("flux_double", DOUBLE), ("flux_single", SINGLE)), HIDDEN, tokens)
+    saved = saved_by_transformer(model, ROWS, lora=lora, checkpointing=checkpointing)
+    return trainer_memory(network, Sharding("deepspeed", zero, RANKS), Copies(), saved=saved)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=48, help="side of the photos in pixels (default 48)")
+    parser.add_argument("--only", choices=("full", "lora"))
+    parser.add_argument("--items", action="store_true", help="print what the formula is made of")
+    options = parser.parse_args()
+    quiet()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parameters = save_kontext(folder)
+        print(f"{parameters / 1e6:.0f} M parameters, {RANKS} ranks; MB a rank\n")
+        print(
+            "| weights | ZeRO | checkpointing | measured | formula | error | peak in |\n|---|---|---|---|---|---|---|"
+        )
+        for mode, zero, checkpointing in CASES:
+            if options.only not in (None, mode):
+                continue
+            config, answer = write_config(folder, mode, zero, checkpointing, options.size), str(folder / "answer")
+            torch.multiprocessing.spawn(rank_main, (str(config), free_port(), answer), nprocs=RANKS)
+            found = [json.loads(Path(f"{answer}{rank}").read_text()) for rank in range(RANKS)]
+            peak = max(item["peak"] for item in found) * 1024
+            memory = reckon(mode, zero, checkpointing, options.size, parameters, found[0]["trained"])
+            print(
+                f"| {mode} | {zero} | {'on' if checkpointing else 'off'} | {peak / 1e6:.0f} | {memory.peak / 1e6:.0f} | "
+                f"{memory.peak / peak - 1:+.0%} | {memory.peak_phase} |",
+                flush=True,
+            )
+            if options.items:
+                print(
+                    f"  resident {max(item['resident'] for item in found) * 1.024e-3:.0f}, reckoned {memory.resident / 1e6:.0f}"
+                )
+                for item in memory.items:
+                    print(
+                        f"  {item.name}: {item.bytes / 1e6:.0f} = {item.formula} ({', '.join(item.phases)})", flush=True
+                    )
+
+
+if __name__ == "__main__":
+    main()
