@@ -89,6 +89,7 @@ def _card(restorer: PipelineRestorer, source: Path, form: str, licence: str | No
 `rlrestore restore PHOTO OUT.png --checkpoint THIS_FOLDER` needs no code. Base: {restorer.config.weights}
 (revision {restorer.config.revision or "of a local folder"}). Licence: {licence or "that of the base, which names none"}.
 Prompt: "{restorer.config.prompt}". Guidance (cfg): {restorer.config.cfg:g}. Adapter: rank {restorer.config.lora_rank}.
+Colour fix: {restorer.config.colour_fix}{_colour_note(restorer)}.
 
 ## Measured
 
@@ -98,6 +99,11 @@ Prompt: "{restorer.config.prompt}". Guidance (cfg): {restorer.config.cfg:g}. Ada
 
 {_training(source)}
 """
+
+
+def _colour_note(restorer: PipelineRestorer) -> str:
+    """What diffusers leaves out."""
+    return "" if restorer.config.colour_fix == "none" else ", which `rlrestore restore` applies and diffusers does not"
 
 
 def _absent(restorer: PipelineRestorer) -> str:

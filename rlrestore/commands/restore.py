@@ -82,6 +82,10 @@ def run_restore(
         check_tiling(tile, overlap, restorer.multiple)
     except ValueError as error:
         raise InputError(f"--tile {tile} --overlap {overlap}: {error}") from error
+    try:
+        restorer.times(steps, (tile, tile))
+    except ValueError as error:
+        raise InputError(f"--steps {steps}: {error}") from error
     failures = restore_all(restorer, jobs, Settings(seed, steps, samples, tile, overlap, types))
     if failures and source.is_dir():
         names = ", ".join(path.name for path in list(failures)[:5]) + (", ..." if len(failures) > 5 else "")

@@ -21,6 +21,7 @@ from rlrestore.commands.restore import load_restorer, run_restore
 from rlrestore.crew import StageTimes
 from rlrestore.diffusion.sampling import Chain, sample, seeded_noise
 from rlrestore.errors import InputError
+from rlrestore.restoration import restore_pixels
 from rlrestore.restorers.pipeline import PipelineRestorer
 from tests.pipeline_calls import CALLS, HEIGHT, STEPS, WIDTH, comparable, photos
 from tests.tiny import train_tiny
@@ -114,6 +115,29 @@ def test_a_run_is_exported_with_its_card_and_restores_photos(run: Path, tmp_path
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["flux_kontext", "sd3_controlnet", "sd_upscale"])
+def test_a_family_restores_a_large_photo_in_tiles(folder: Path, kind: str) -> None:
+    """Larger than one tile both ways, odd sides, and beyond SD3's positions (128 px a side)."""
+    restorer = load_restorer(tuned(folder, kind))
+    photo = np.random.default_rng(0).integers(0, 256, (75, 141, 3), dtype=np.uint8)
+    options = {"seed": 0, "steps": 1, "samples": 1, "tile": 64, "overlap": 32}
+    plain = restore_pixels(restorer, photo, **options)
+    assert plain.shape == photo.shape and np.array_equal(plain, restore_pixels(restorer, photo, **options))
+    restorer.colour_fix = "wavelet"
+    fixed = restore_pixels(restorer, photo, **options)
+    drift = [np.abs(image.mean((0, 1)) - photo.mean((0, 1))).max() for image in (plain, fixed)]
+    assert drift[1] < drift[0]
+    assert np.array_equal(restore_pixels(restorer, photo, **options, types=["haze"]), plain)
+
+
+def test_steps_that_a_family_does_not_take_are_refused(folder: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(tmp_path / "in.png")
+    options = {"seed": 0, "samples": 1, "tile": 64, "overlap": 0, "overwrite": False}
+    with pytest.raises(InputError, match="--steps 8: 8 steps of a restorer that takes one: set steps to 1"):
+        run_restore(tmp_path / "in.png", tmp_path / "out.png", tuned(folder, "one_step"), steps=8, **options)
+    assert not (tmp_path / "out.png").exists()
+
+
 def test_what_cannot_be_exported_is_refused(folder: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     whole = tuned(folder, "sd_controlnet", lora_rank=0)
@@ -132,15 +156,17 @@ def test_what_cannot_be_exported_is_refused(folder: Path, run: Path, tmp_path: P
 
 def test_a_cached_prompt_is_what_the_pipeline_says(folder: Path, tmp_path: Path) -> None:
     weights = save_pipeline("flux_kontext", folder)
-    run_cache_prompts(str(weights), tmp_path / "prompt.safetensors", PROMPT, None, None)
+    run_cache_prompts(str(weights), tmp_path / "prompt.safetensors", PROMPT, (), None, None)
     cached = load_file(tmp_path / "prompt.safetensors")
     with torch.no_grad():
         embeds, pooled, _ = open_pipeline("flux_kontext", weights).encode_prompt(PROMPT, None)
     assert torch.equal(cached["prompt_embeds"], embeds) and torch.equal(cached["pooled_prompt_embeds"], pooled)
     with pytest.raises(InputError, match="exists already"):
-        run_cache_prompts(str(weights), tmp_path / "prompt.safetensors", PROMPT, None, None)
+        run_cache_prompts(str(weights), tmp_path / "prompt.safetensors", PROMPT, (), None, None)
     with pytest.raises(InputError, match="no text encoder"):
-        run_cache_prompts(str(save_pipeline("qwen_image_edit", folder)), tmp_path / "q.safetensors", PROMPT, None, None)
+        run_cache_prompts(
+            str(save_pipeline("qwen_image_edit", folder)), tmp_path / "q.safetensors", PROMPT, (), None, None
+        )
     save_file({"prompt_embeds": embeds}, tmp_path / "half.safetensors")
     with pytest.raises(ValueError, match="has no pooled_prompt_embeds"):
         check_parts(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from envs.base import Env
 from rlrestore.build import LearnerRecipe, build_env, load_train_config
+from rlrestore.commands.export import run_export
 from rlrestore.config import TrainConfig
 from rlrestore.credit import Credit
 from rlrestore.crew import deal
@@ -22,7 +23,8 @@ from rlrestore.engine.build import free_port
 from rlrestore.learner import Learner
 from rlrestore.stages import evaluation_chain, make_chunks, rollout_chain, update_requests
 from rlrestore.types import UpdateReport
-from tests.tiny_pipelines import family_config
+from tests.e2e.test_export import LIMIT, difference
+from tests.tiny_pipelines import family_config, open_pipeline, save_pipeline
 
 IDENTITY = 1e-5
 CASES = [
@@ -128,6 +130,16 @@ def test_two_ranks_train_as_one(folder: Path, algorithm: str, zero: int, precisi
         assert int(difference.abs().max()) <= (3 if loose else 1)  # of 255
     assert not torch.equal(found["base"], found["current"])
     assert bool(found["resumed"])
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_diffusers_alone_opens_the_export(folder: Path, zero: int, tmp_path: Path) -> None:
+    saved = folder / f"grpo_{zero}_float32" / "saved"
+    run_export(saved, tmp_path / "lora", "lora", None, None)
+    pipe = open_pipeline("flux_kontext", save_pipeline("flux_kontext", folder))
+    base = difference(pipe, "flux_kontext", saved)
+    pipe.load_lora_weights(tmp_path / "lora")
+    assert difference(pipe, "flux_kontext", saved) < LIMIT < base
 
 
 @pytest.mark.parametrize(("algorithm", "zero", "precision"), CASES)
