@@ -29,7 +29,7 @@ class Finding:
     """What is wrong with a row."""
 
     id: str
-    code: str  # unreadable | size | different | identical | leak | duplicate
+    code: str  # unreadable | changed | size | different | identical | leak | duplicate
     reason: str
 
 

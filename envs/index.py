@@ -6,7 +6,7 @@ pages, and any row is there in constant time. A source is
     a manifest      x.json, x.jsonl, x.csv, x.parquet, or a folder with exactly one file `manifest.*`
     tar shards      x.tar, or a folder of them
     Parquet         files with image columns, or a folder of them
-    Hugging Face    a folder written by `datasets.save_to_disk`
+    Hugging Face    a folder written by `datasets.save_to_disk`, or hf:owner/name (`envs.sources.hub`)
     folders         of images, whose layout is found by itself (`envs.sources.folders`)
 
 The index follows files that are added, removed or replaced: it remembers size and time of manifests and archives, and
@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from envs.sources.blobs import Blobs
 from envs.sources.folders import read_folder
+from envs.sources.hub import PREFIX, fetched
 from envs.sources.manifests import SUFFIXES, read_manifest
 from envs.sources.rows import FIELDS, BadRow, Row, primary_type, without_twins
 from envs.sources.shards import read_shards
@@ -76,6 +77,8 @@ def open_index(source: str | Path, root: str | Path | None = None, cache: Path |
     root: what paths in a manifest are relative to; default: the manifest's folder. cache: a folder, default
     `cache_folder()`. ValueError, naming source and remedy, if the source cannot be read or has no usable row.
     """
+    if str(source).startswith(PREFIX):
+        source = fetched(str(source), cache or cache_folder())
     source = Path(source)
     if not source.exists():
         raise ValueError(f"{source} does not exist: correct the path of the manifest, archive or folder")

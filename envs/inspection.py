@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.fft import dctn
 
 from envs.images import decode_rgb
-from envs.sources.blobs import Blobs, shown
+from envs.sources.blobs import Blobs, differs, shown
 from envs.sources.rows import Row
 
 MIN_CORRELATION = 0.3
@@ -22,7 +22,7 @@ class Look:
     """What is found in a pair."""
 
     reason: str  # why it cannot be used; "" if it can
-    code: str  # unreadable | size | different | identical | ""
+    code: str  # unreadable | changed | size | different | identical | ""
     width: int = 0  # of the LQ, px
     height: int = 0
     correlation: float = 1.0
@@ -39,6 +39,9 @@ def look_at(blobs: Blobs, row: Row) -> Look:
         views = [decode_rgb(blob, shown(locator)) for blob, locator in zip(data, (row.lq, row.gt), strict=False)]
     except ValueError as error:
         return Look(str(error), "unreadable")
+    for blob, locator, told in zip(data, (row.lq, row.gt), (row.sha256_lq, row.sha256_gt), strict=False):
+        if differs(blob, told):
+            return Look(f"{shown(locator)} has another sha256 than its row says", "changed")
     hashes = [perceptual_hash(view) for view in views]
     digests = [hashlib.sha256(blob).hexdigest() for blob in data]
     (height, width), reason, code, correlation = views[0].shape[:2], "", "", 1.0

@@ -24,7 +24,7 @@ from envs.images import decode_rgb
 from envs.index import Index, cache_folder, open_index
 from envs.inspection import problem_of
 from envs.rng import generator_for
-from envs.sources.blobs import shown
+from envs.sources.blobs import differs, shown
 from envs.sources.rows import Row, primary_type
 from envs.splits import is_held_out
 from envs.types import Task
@@ -59,6 +59,9 @@ class ManifestConfig:
     ahead: int = 2  # threads that decode the next step; 0: none
     cache_mb: int = 1024  # of decoded photos kept in memory
     cache: str | None = None  # folder of the index and of quarantine.jsonl; null: $XDG_CACHE_HOME/rlrestore
+    verify: bool = (
+        False  # compare each file with the sha256 of its row, where it has one: notices files that were replaced
+    )
     max_quarantined: int = 100  # more unusable images than this end the run
     seed: int = 0  # of the training draws; held-out tasks do not depend on it
 
@@ -142,8 +145,8 @@ class ManifestEnv:
 
     def _load(self, number: int) -> Views:
         row = self.index[number]
-        lq = decode_rgb(self.index.blobs.read(row.lq), shown(row.lq))
-        gt = decode_rgb(self.index.blobs.read(row.gt), shown(row.gt)) if row.gt else None
+        lq = decode_rgb(self._read(row.lq, row.sha256_lq), shown(row.lq))
+        gt = decode_rgb(self._read(row.gt, row.sha256_gt), shown(row.gt)) if row.gt else None
         if gt is not None and gt.shape != lq.shape and _ratio(lq, gt) is None:
             raise ValueError(
                 f"{shown(row.lq)} is {lq.shape[1]}x{lq.shape[0]} and {shown(row.gt)} is {gt.shape[1]}x{gt.shape[0]}: LQ "
@@ -153,6 +156,12 @@ class ManifestEnv:
             wide = "x".join(map(str, (lq if gt is None else gt).shape[1::-1]))
             raise ValueError(f"{shown(row.lq)} ({wide}) is smaller than the crop env.size={self.config.size}")
         return lq, gt
+
+    def _read(self, locator: str, sha256: str) -> bytes:
+        data = self.index.blobs.read(locator)
+        if self.config.verify and differs(data, sha256):
+            raise ValueError(f"{shown(locator)} is not the file of its row (another sha256): restore it")
+        return data
 
     def _task(self, row: Row, views: Views, rng: np.random.Generator, candidates: int, flip: bool, where: str) -> Task:
         """`where` keeps two draws of the same pixels apart in the id."""

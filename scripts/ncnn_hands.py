@@ -30,8 +30,10 @@ MODELS = {
 }
 
 
-def load_hands(folder: Path, names: Sequence[str]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """hand -> function of [3, H, W] in [0, 1]. SystemExit naming the missing file or package."""
+def load_hands(folder: Path, names: Sequence[str], shrink: bool = True) -> dict[str, Callable[[Tensor], Tensor]]:
+    """hand -> function of [3, H, W] in [0, 1]; without `shrink` upscalers return all that they make. SystemExit naming the
+    missing file or package.
+    """
     try:
         import ncnn
     except ImportError as error:
@@ -47,11 +49,11 @@ def load_hands(folder: Path, names: Sequence[str]) -> dict[str, Callable[[Tensor
         net.opt.num_threads = 1
         net.load_param(f"{stem}.param")
         net.load_model(f"{stem}.bin")
-        hands[name] = lambda lq, net=net, model=model: _run(net, model, lq)
+        hands[name] = lambda lq, net=net, model=model: _run(net, model, lq, shrink)
     return hands
 
 
-def _run(net, model: NcnnModel, lq: Tensor) -> Tensor:
+def _run(net, model: NcnnModel, lq: Tensor, shrink: bool) -> Tensor:
     import ncnn
 
     height, width = lq.shape[-2:]
@@ -63,4 +65,6 @@ def _run(net, model: NcnnModel, lq: Tensor) -> Tensor:
     scale = round(result.shape[-1] / (width + 2 * model.pad_px)) or 1  # an eaten border is less than half a scale
     top, left = (result.shape[-2] - scale * height) // 2, (result.shape[-1] - scale * width) // 2
     result = result[:, top : top + scale * height, left : left + scale * width].clamp(0, 1)
+    if not shrink:
+        return result
     return F.interpolate(result[None], (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)

@@ -361,6 +361,7 @@ def test_every_shipped_config_loads(config: str) -> None:
     from rlrestore.build import load_finetune_config, load_train_config
     from rlrestore.commands.data_build import load_build_config
     from rlrestore.commands.data_compare import load_compare_config
+    from rlrestore.commands.evaluate_sets import read_config as read_protocol
     from rlrestore.judging import load_judge_config
 
     sections = yaml.safe_load((ROOT / config).read_text(encoding="utf-8"))
@@ -369,6 +370,9 @@ def test_every_shipped_config_loads(config: str) -> None:
         return
     if "build" in sections:
         assert load_build_config(ROOT / config, []).build.name
+        return
+    if "sets" in sections:
+        assert read_protocol(ROOT / config, sections)[0].protocol.name
         return
     loaders = {"algorithm": load_train_config, "judge": load_judge_config}
     load = next((loader for section, loader in loaders.items() if section in sections), load_finetune_config)

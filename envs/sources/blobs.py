@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -101,6 +102,11 @@ class Blobs:
             while len(self._tables) > 2 * _ROW_GROUPS:
                 self._tables.popitem(last=False)
         return value
+
+
+def differs(data: bytes, sha256: str) -> bool:
+    """Whether these are not the bytes of which a row tells the sha256; a row that tells none is believed."""
+    return bool(sha256) and hashlib.sha256(data).hexdigest() != sha256
 
 
 def shown(locator: str) -> str:

@@ -15,7 +15,7 @@ from envs.sources.manifests import to_record
 from envs.sources.rows import primary_type
 from rlrestore.errors import InputError
 
-CODES = ("unreadable", "size", "different", "identical", "leak", "duplicate")
+CODES = ("unreadable", "changed", "size", "different", "identical", "leak", "duplicate")
 
 
 def run_check(source: Path, root: Path | None, out: Path, workers: int, overwrite: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def run_show(
     )  # fmt: skip
     _write(targets[1], lambda path: path.write_text(page, encoding="utf-8"))
     if tensorboard is not None:
-        _to_tensorboard(tensorboard, sheet)
+        _to_tensorboard(tensorboard, sheet, counts_of(index))
     print("contact sheet  {}\npage           {}".format(*targets))
 
 
@@ -101,8 +102,18 @@ def _write(path: Path, save: Callable[[Path], object]) -> None:
     os.replace(temporary, path)
 
 
-def _to_tensorboard(folder: Path, sheet: Tensor) -> None:
+def counts_of(index: Index) -> str:
+    """Markdown: rows by type and split, and what cannot be used."""
+    counts = Counter(zip(map(primary_type, index.column("types")), index.column("split"), strict=True))
+    lines = ["| type | split | rows |", "|---|---|---|"]
+    lines += [f"| {name} | {split or '-'} | {n} |" for (name, split), n in sorted(counts.items())]
+    lines += [f"| | unusable | {index.bad_count} |", "", *(f"- {item}" for item in index.bad[:20])]
+    return "\n".join(lines)
+
+
+def _to_tensorboard(folder: Path, sheet: Tensor, counts: str) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:
         writer.add_image("data/contact_sheet", sheet, 0)
+        writer.add_text("data/rows", counts, 0)

@@ -20,8 +20,9 @@ from envs.base import Env
 from rewards.rubric import FailureBudget
 from rlrestore.build import build_crew, build_evaluation, check_parts, load_train_config
 from rlrestore.checkpoint import read_json, read_manifest, verify
+from rlrestore.commands.evaluate_sets import run_sets
 from rlrestore.config import TrainConfig
-from rlrestore.config_files import ConfigError, plain
+from rlrestore.config_files import ConfigError, plain, read_yaml
 from rlrestore.crew import StageTimes
 from rlrestore.evaluate import Evaluation, Measured, MetricRow, caveats, compare, table
 from rlrestore.loop import images_trained, result_json
@@ -37,6 +38,9 @@ FIXED_KEYS = (
 
 def run_evaluate(config_path: Path, overrides: list[str], checkpoint: Path | None) -> None:
     quiet()
+    if "sets" in (given := read_yaml(config_path, overrides)):  # a test protocol (configs/eval/)
+        run_sets(config_path, given, checkpoint)
+        return
     config = load_train_config(config_path, overrides)
     with contextlib.closing(open_existing(config.run)) as folder:
         source = _checkpoint(folder.path, checkpoint)

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from envs.audit import near_pairs, twins
 from envs.index import open_index
+from envs.manifest import ManifestConfig, ManifestEnv
 from rlrestore.cli import app
 from tests.unit.test_manifest import NAMES, pack, picture, row_of, save
 
@@ -56,10 +58,30 @@ def test_check_finds_what_was_planted(tree: Path, tmp_path: Path, capsys: pytest
     assert all(len(row.sha256_lq) == len(row.sha256_gt) == 64 for row in clean)
     printed = capsys.readouterr().out
     assert "env.kind=manifest" in printed
-    assert printed.splitlines()[1].split() == ["haze", "10", "1", "1", "0", "0", "0", "0", "8"]
+    assert printed.splitlines()[1].split() == ["haze", "10", "1", "0", "1", "0", "0", "0", "0", "8"]
     with pytest.raises(SystemExit, match="64"):
         run("data", "check", tree, "--out", out)
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_files_that_were_replaced_are_noticed(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "clean.jsonl"
+    run("data", "check", tree, "--out", out, "--workers", 1)
+    victim = tree / row_of("haze/001")["gt"]
+    save(victim, picture(1) ^ 1)  # looks the same
+    again = tmp_path / "again.jsonl"
+    run("data", "check", out, "--root", tree, "--out", again, "--workers", 1)
+    (finding,) = map(json.loads, Path(f"{again}.findings.jsonl").read_text().splitlines())
+    assert (finding["id"], finding["code"]) == ("haze/001", "changed")
+    for verify, quarantined in ((False, 0), (True, 1)):
+        config = ManifestConfig(
+            str(out), str(tree), size=48, held_out_fraction=0.3, per_step=10, verify=verify, cache=str(tmp_path / "c")
+        )
+        env = ManifestEnv(config)
+        assert "haze/001" not in {env.index[row].id for row in env.held_out_rows}
+        [env.draw(step, 10) for step in range(3)]
+        assert len(env.quarantined) == quarantined
+        assert all("another sha256" in reason for reason in env.quarantined.values())
 
 
 def test_a_clean_manifest_of_shards_opens_the_same_images(tree: Path, tmp_path: Path) -> None:
@@ -110,4 +132,7 @@ def test_show(tree: Path, tmp_path: Path) -> None:
     page = (tmp_path / "sheet.html").read_text()
     assert page.count("<img") == 12
     assert "<script>" not in page
-    assert list((tmp_path / "tb").glob("events*"))
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert events.Tags()["images"] == ["data/contact_sheet"]
+    (text,) = events.Tensors("data/rows/text_summary")
+    assert "| haze | - | 10 |" in text.tensor_proto.string_val[0].decode()

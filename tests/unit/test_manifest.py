@@ -126,6 +126,21 @@ def test_the_container_changes_nothing(kind: str, tree: Path, tmp_path: Path) ->
     check_env(other)
 
 
+def test_a_data_set_by_id(tree: Path, tmp_path: Path) -> None:
+    """`datasets` loads a folder as it loads an id; without a network an id is one clear line."""
+    source, _ = pack("parquet images", tree, tmp_path)
+    (tmp_path / "repository").mkdir()
+    source.rename(tmp_path / "repository" / "train-00000.parquet")
+    by_id = open_index(f"hf:{tmp_path}/repository", cache=tmp_path / "c")
+    assert {(row.id, row.split) for row in by_id} == {(name, "train") for name in NAMES}
+    assert by_id.blobs.read(by_id[3].lq) == (tree / row_of(NAMES[3])["lq"]).read_bytes()
+    (tmp_path / "repository" / "train-00000.parquet").unlink()
+    assert len(open_index(f"hf:{tmp_path}/repository", cache=tmp_path / "c")) == len(NAMES), "it is fetched once"
+    with pytest.raises(ValueError, match=r"hf:.*nothing cannot be loaded .*download it and give its folder"):
+        open_index(f"hf:{tmp_path}/nothing", cache=tmp_path / "c")
+    assert not list((tmp_path / "c").glob(".tmp*"))
+
+
 def test_the_index_is_kept_and_follows_changes(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, root = pack("jsonl", tree, tmp_path)
     cache = tmp_path / "cache"
