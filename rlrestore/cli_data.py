@@ -61,11 +61,19 @@ def data_app(guard: Callable[[Callable[[], None]], None]) -> typer.Typer:
         guard(lambda: void(run_build(config, overrides or [])))
 
     @app.command()
-    def compare(config: Config, overrides: Overrides = None) -> None:
-        """Providers against each other on the same photos: measurements, rewards, a VLM's duels, a ranking."""
+    def compare(
+        config: Config,
+        overrides: Overrides = None,
+        people: Annotated[
+            bool, typer.Option("--people", help="decide about pairs of results on a local web page")
+        ] = False,
+        port: Annotated[int, typer.Option(help="of that page, on 127.0.0.1; 0: any free one")] = 0,
+        reviewer: Annotated[str | None, typer.Option(help="your name in the decisions; default: the user's")] = None,
+    ) -> None:
+        """Providers against each other on the same photos: measurements, rewards, duels by a VLM and by people, a ranking."""
         from rlrestore.commands.data_compare import run_compare
 
-        guard(lambda: void(run_compare(config, overrides or [])))
+        guard(lambda: void(run_compare(config, overrides or [], people, port, reviewer)))
 
     @app.command()
     def review(

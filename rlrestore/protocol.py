@@ -62,7 +62,7 @@ class SetSection:
 @dataclass
 class ProtocolConfig:
     protocol: ProtocolSection
-    sets: dict[str, Any] = field(default_factory=dict)  # name -> SetSection
+    sets: dict[str, SetSection] = field(default_factory=dict)
     restorers: dict[str, str] = field(
         default_factory=dict
     )  # column -> "packaged", a run, a checkpoint or a folder with weights

@@ -40,7 +40,11 @@ class ApiSection:
 @dataclass
 class GenerateSection(ApiSection):
     # openai: POST {url}/images/edits | gemini: POST {url}/models/{model}:generateContent | local: a restorer of ours, no network
-    checkpoint: str | None = None  # of `local`: as for `rlrestore restore --checkpoint`
+    # ncnn: a packaged restorer (`envs.pipeline.ncnn_models`), no network
+    checkpoint: str | None = (
+        None  # of `local`: as for `rlrestore restore --checkpoint`; of `ncnn`: path without .param and .bin
+    )
+    downscale: int = 1  # of `ncnn`: the network gets the photo at 1/downscale of its size
     image_size: str = ""  # of `gemini`: 1K, 2K or 4K, for models that know it
     rounds: int = 1  # times a candidate is asked for again with the judge's objections, always from the original LQ
     max_aspect_change: float = 0.02
@@ -97,7 +101,7 @@ class BuildConfig:
 def check_build_config(config: BuildConfig) -> None:
     """ValueError, naming key and remedy, for what cannot work."""
     for key, value, choices in (
-        ("generate.kind", config.generate.kind, (*APIS, "local")),
+        ("generate.kind", config.generate.kind, (*APIS, "local", "ncnn")),
         ("assess.kind", config.assess.kind, (*APIS, "fixed")),
         ("judge.kind", config.judge.kind, (*APIS, "none")),
         ("build.reviewed", config.build.reviewed, ("none", "uncertain", "all")),
@@ -111,5 +115,9 @@ def check_build_config(config: BuildConfig) -> None:
                              "https://host/v1")  # fmt: skip
         if section.requests_per_minute <= 0 or section.timeout_s <= 0 or section.retries < 0:
             raise ValueError(f"{name}: requests_per_minute and timeout_s must be positive, retries 0 or more")
+    if config.generate.kind == "ncnn" and (not config.generate.checkpoint or config.generate.downscale < 1):
+        raise ValueError(
+            "generate.kind=ncnn needs generate.checkpoint=PATH (without .param) and a downscale of at least 1"
+        )
     if config.build.concurrency < 1 or config.judge.votes < 1 or config.generate.rounds < 0:
         raise ValueError("build.concurrency and judge.votes must be at least 1, generate.rounds 0 or more")

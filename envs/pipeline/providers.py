@@ -116,5 +116,5 @@ def count_of(value: object) -> int:
 
 def edit_key(section: GenerateSection, prompt: str, seed: int, png: bytes) -> str:
     """Key of the request for one candidate."""
-    told = (section.kind, section.url, section.model, section.image_size, section.checkpoint)
+    told = (section.kind, section.url, section.model, section.image_size, section.checkpoint, section.downscale)
     return digest_of(VERSION, "generate", *told, prompt, seed, png)

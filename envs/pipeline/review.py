@@ -1,4 +1,4 @@
-"""The review page: a local web server for one person. Side by side and flicker views, decisions by key, undo.
+"""Pages for one person on a local web server, and the review page: side by side and flicker views, decisions by key, undo.
 
 It listens on loopback, answers only requests for that host, and takes decisions only with the token of the page, so that no
 other site can send any. Decisions go to a journal; what was decided stays decided.
@@ -33,21 +33,38 @@ REASONS = (
 _MAX_BODY = 4096
 
 
-class ReviewServer(ThreadingHTTPServer):
-    """`serve_forever()` until it is shut down; `address` is what to open."""
+class PageServer(ThreadingHTTPServer):
+    """`serve_forever()` until it is shut down; `address` is what to open. A subclass says what waits, and takes decisions."""
 
     daemon_threads = True
+    page = ""  # a file beside this one
 
-    def __init__(self, outcomes: Mapping[str, Outcome], folder: BuildFolder, reviewer: str, port: int = 0) -> None:
-        """outcomes: as they came from the pipeline; those that await review are shown. port 0: any free one."""
-        self.items = [item for _, item in sorted(outcomes.items()) if item.status == REVIEW]
-        self.folder, self.reviewer, self.token = folder, reviewer, secrets.token_urlsafe(16)
-        self.shown_blobs = {name for item in self.items for name in (item.lq, item.gt)}
+    def __init__(self, folder: BuildFolder, shown_blobs: set[str], port: int) -> None:
+        """port 0: any free one."""
+        self.folder, self.shown_blobs, self.token = folder, shown_blobs, secrets.token_urlsafe(16)
         super().__init__(("127.0.0.1", port), _Handler)
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/?token={self.token}"
+
+    def waiting(self) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def decide(self, given: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class ReviewServer(PageServer):
+    """Shows the candidates that await a person."""
+
+    page = "review.html"
+
+    def __init__(self, outcomes: Mapping[str, Outcome], folder: BuildFolder, reviewer: str, port: int = 0) -> None:
+        """outcomes: as they came from the pipeline; those that await review are shown."""
+        self.items = [item for _, item in sorted(outcomes.items()) if item.status == REVIEW]
+        self.reviewer = reviewer
+        super().__init__(folder, {name for item in self.items for name in (item.lq, item.gt)}, port)
 
     def waiting(self) -> list[dict[str, Any]]:
         """What is still to be decided."""
@@ -81,7 +98,7 @@ class ReviewServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: ReviewServer
+    server: PageServer
 
     def do_GET(self) -> None:
         if not self._allowed():
@@ -89,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         blob = re.fullmatch(r"/blob/([0-9a-f]{64})", path)
         if path == "/":
-            page = resources.files("envs.pipeline").joinpath("review.html").read_text(encoding="utf-8")
+            page = resources.files("envs.pipeline").joinpath(self.server.page).read_text(encoding="utf-8")
             self._send(200, page.encode(), "text/html; charset=utf-8")
         elif path == "/items":
             self._send_json(200, {"items": self.server.waiting(), "reasons": REASONS})

@@ -17,6 +17,7 @@ from envs.images import decode_rgb
 from envs.pipeline.config import ApiSection, BuildConfig, GenerateSection, check_build_config
 from envs.pipeline.gemini import GeminiEditor, GeminiVlm
 from envs.pipeline.ledger import Ledger
+from envs.pipeline.ncnn_models import ncnn_restorer
 from envs.pipeline.process import REVIEW, Outcome, Tools, png_of
 from envs.pipeline.providers import Editor, LocalEditor, OpenAIEditor, OpenAIVlm, Restore, Vlm
 from envs.pipeline.publish import publish, report
@@ -108,9 +109,14 @@ def opened(config: BuildConfig, text: str = "") -> Iterator[BuildFolder]:
 
 def make_editor(config: BuildConfig) -> Editor:
     section = config.generate
-    return (
-        LocalEditor(local_restorer(section.checkpoint)) if section.kind == "local" else EDITORS[section.kind](section)
-    )
+    if section.kind == "local":
+        return LocalEditor(local_restorer(section.checkpoint))
+    if section.kind == "ncnn":
+        try:
+            return LocalEditor(ncnn_restorer(Path(str(section.checkpoint)), section.downscale))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    return EDITORS[section.kind](section)
 
 
 def make_vlm(section: ApiSection) -> Vlm | None:

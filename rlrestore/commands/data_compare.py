@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from tqdm import tqdm
 from envs.degradations.jpeg import from_uint8_hwc
 from envs.pipeline.compare import CompareConfig, Entry, candidates, duel
 from envs.pipeline.config import APIS, BuildConfig, BuildSection, check_build_config
+from envs.pipeline.duels import Duel, DuelServer, duels_of, people_wins
 from envs.pipeline.ledger import Ledger
 from envs.pipeline.process import Photo
 from envs.pipeline.ranking import ranking
@@ -29,11 +33,24 @@ from rlrestore.commands.data_check import open_user_index
 from rlrestore.config_files import ConfigError, dump, read_yaml, typed
 from rlrestore.errors import InputError
 
-Result = tuple[Photo, dict[str, Entry], np.ndarray]
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of one photo."""
+
+    photo: Photo
+    entries: dict[str, Entry]  # by provider
+    wins: np.ndarray  # [M, M] of the VLM's duels; 0 without a judge
+    scene: str = ""  # as the VLM names it
 
 
-def run_compare(config_path: Path, overrides: list[str]) -> dict[str, Any]:
-    """Ask, measure, judge and rank; writes report.json and report.md into the folder of the comparison."""
+def run_compare(
+    config_path: Path, overrides: list[str], people: bool = False, port: int = 0, reviewer: str | None = None
+) -> dict[str, Any]:
+    """Ask, measure, judge and rank; writes report.json and report.md into the folder of the comparison.
+
+    people: first show all duels that nobody has decided on a local page, until Ctrl-C or until none is left.
+    """
     config, sections = load_compare_config(config_path, overrides)
     rewards = {name: build_term(term) for name, term in config.rewards.items()}
     section = config.compare
@@ -53,9 +70,17 @@ def run_compare(config_path: Path, overrides: list[str]) -> dict[str, Any]:
         results: list[Result] = []
         for photo in tqdm(chosen, desc="comparing", unit="photo"):
             entries = candidates(photo, providers, config.filter, ledger)
-            none = np.zeros((len(providers), len(providers)))
-            results.append((photo, entries, duel(photo, entries, judge, config.judge, ledger) if judge else none))
+            none = np.zeros((len(providers), len(providers))), ""
+            results.append(
+                Result(photo, entries, *(duel(photo, entries, judge, config.judge, ledger) if judge else none))
+            )
+        duels = duels_of([(result.photo, result.entries) for result in results], folder)
+        if people:
+            _ask_people(duels, folder, reviewer, port)
+        decided = people_wins(duels, folder, len(providers))
         summary = summarise(list(providers), results, rewards)
+        by_people = [replace(result, wins=decided[result.photo.id]) for result in results if result.photo.id in decided]
+        summary["people"] = rankings_of(list(providers), by_people)
         summary |= {"photos": len(chosen), "requests": ledger.requests, "cost": round(ledger.cost, 6)}
         for name, text in (("report.json", json.dumps(summary, indent=1) + "\n"), ("report.md", table(summary))):
             temporary = folder.path / f".tmp-{name}"
@@ -95,10 +120,10 @@ def load_compare_config(path: Path, overrides: list[str]) -> tuple[CompareConfig
 
 def summarise(names: list[str], results: list[Result], rewards: Mapping[str, Reward]) -> dict[str, Any]:
     """Per provider: answers, what the filter would take, means of measurements and rewards; rankings, all and by type."""
-    scores = {name: _mean_rewards([(p, e[name]) for p, e, _ in results], rewards) for name in names}
+    scores = {name: _mean_rewards([(one.photo, one.entries[name]) for one in results], rewards) for name in names}
     rows = {}
     for name in names:
-        entries = [entries[name] for _, entries, _ in results]
+        entries = [result.entries[name] for result in results]
         usable = [entry for entry in entries if entry.pair is not None]
         keys = sorted({key for entry in usable for key in entry.values})
         rows[name] = {
@@ -107,14 +132,37 @@ def summarise(names: list[str], results: list[Result], rewards: Mapping[str, Rew
             "measured": {key: round(float(np.mean([entry.values[key] for entry in usable])), 4) for key in keys},
             "rewards": scores[name],
         }
+    return {"providers": rows, "rankings": rankings_of(names, results)}
+
+
+def rankings_of(names: list[str], results: list[Result]) -> dict[str, Any]:
+    """Of all photos, by degradation, and by scene where the VLM named one."""
     groups = {"all": results}
     for result in results:
-        groups.setdefault(primary_type(result[0].types), []).append(result)
-    return {"providers": rows, "rankings": {group: _ranked(names, members) for group, members in groups.items()}}
+        groups.setdefault(primary_type(result.photo.types), []).append(result)
+        if result.scene:
+            groups.setdefault(f"scene: {result.scene}", []).append(result)
+    return {group: _ranked(names, members) for group, members in groups.items()}
+
+
+def _ask_people(duels: list[Duel], folder: BuildFolder, reviewer: str | None, port: int) -> None:
+    server = DuelServer(duels, folder, reviewer or getpass.getuser(), port)
+    left = len(server.waiting())
+    print(f"{left} duels to decide at {server.address}\nCtrl-C ends; decisions are kept", flush=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        while server.waiting():
+            thread.join(0.2)
+    except KeyboardInterrupt:
+        print(f"\n{len(server.waiting())} duels left; the same command goes on with them")
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def _ranked(names: list[str], results: list[Result]) -> dict[str, Any]:
-    duels = [wins for *_, wins in results if wins.sum() > 0]
+    duels = [result.wins for result in results if result.wins.sum() > 0]
     if not duels:
         return {}
     beta, low, high = ranking(duels)
@@ -162,4 +210,17 @@ def table(summary: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines.append(f"\n{summary.get('photos')} photos, {summary.get('requests')} requests, cost {summary.get('cost')}. beta: "
                  "Bradley-Terry log strength from the VLM's duels, interval by bootstrap over photos.")  # fmt: skip
+    for title, rankings in (("Duels by the VLM", summary["rankings"]), ("Duels by people", summary.get("people", {}))):
+        lines += _rankings_table(title, {group: ranked for group, ranked in rankings.items() if ranked})
     return "\n".join(lines) + "\n"
+
+
+def _rankings_table(title: str, rankings: Mapping[str, Any]) -> list[str]:
+    """Every group of photos that was judged, best provider first."""
+    if not rankings:
+        return []
+    lines = ["", f"{title}: beta [95 %]", "", "| photos | n | ranking |", "|---|---|---|"]
+    for group, ranked in rankings.items():
+        told = ", ".join(f"{name} {one['beta']} [{one['low']}, {one['high']}]" for name, one in ranked.items())
+        lines.append(f"| {group} | {next(iter(ranked.values()))['photos']} | {told} |")
+    return lines

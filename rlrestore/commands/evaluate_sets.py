@@ -79,12 +79,12 @@ def read_config(path: Path, given: Mapping[str, Any]) -> tuple[ProtocolConfig, d
     if "metrics" in data:
         data["rewards"] = data.pop("metrics")
     sets, restorers = data.pop("sets") or {}, data.pop("restorers", None) or {}
-    config = typed(ProtocolConfig, data, {}, str(path))
-    config.restorers = {str(name): str(where) for name, where in restorers.items()}
-    sections = {}
-    for name, one in sets.items():
-        wrapped = one if isinstance(one, Mapping) else {"source": one}
-        config.sets[name] = sections[name] = typed(_OneSet, {"set": wrapped}, {}, f"{path}: sets.{name}").set
+    top = typed(_Sections, data, {}, str(path))
+    wrapped = {name: one if isinstance(one, Mapping) else {"source": one} for name, one in sets.items()}
+    sections = {name: typed(_OneSet, {"set": one}, {}, f"{path}: sets.{name}").set for name, one in wrapped.items()}
+    config = ProtocolConfig(
+        top.protocol, sections, {str(name): str(where) for name, where in restorers.items()}, top.rewards
+    )
     if not sections or not config.rewards:
         raise ConfigError(
             f"{path}: sets has {len(sections)} entries and metrics {len(config.rewards)}: at least one of each is needed"
@@ -98,6 +98,14 @@ def read_config(path: Path, given: Mapping[str, Any]) -> tuple[ProtocolConfig, d
             f"{path}: protocol.samples={config.protocol.samples} and steps={config.protocol.steps} must be at least 1"
         )
     return config, sections
+
+
+@dataclass
+class _Sections:
+    """What `typed` reads; sets and restorers are named by the user."""
+
+    protocol: ProtocolSection
+    rewards: dict[str, TermConfig]
 
 
 @dataclass

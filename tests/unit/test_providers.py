@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from envs.pipeline.config import ApiSection, GenerateSection
 from envs.pipeline.framing import framed, nearest_shape, unframed
 from envs.pipeline.gemini import GeminiEditor, GeminiVlm
 from envs.pipeline.http import Refused, Rejected, Unanswered, WrongKeyError
+from envs.pipeline.ncnn_models import ncnn_restorer, restored
 from envs.pipeline.process import png_of
 from envs.pipeline.providers import OpenAIEditor, OpenAIVlm
 from tests.fake_api import SECRET, FakeApi, Fault, serving
@@ -131,3 +133,37 @@ def test_a_photo_of_another_shape_goes_through_an_editor_of_few_shapes() -> None
         frame = framed(png_of(photo), OpenAIEditor.shapes)
         made = OpenAIEditor(section).edit(frame.png, "mend", 0, "k")
     np.testing.assert_array_equal(unframed(decode_rgb(made.payload, ""), frame)[::2, ::2], photo)
+
+
+# --- restorers of packages --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scale", "eaten"), [(1, 0), (1, 5), (4, 0)])
+def test_tiles_of_a_packaged_restorer_fit_together(scale: int, eaten: int) -> None:
+    """A network that returns what it sees, larger or without its border, returns the photo."""
+    photo = picture(4, 150, 290)
+
+    def forward(shown: np.ndarray) -> np.ndarray:
+        inner = shown[eaten : len(shown) - eaten, eaten : shown.shape[1] - eaten]
+        return inner.repeat(scale, 0).repeat(scale, 1)
+
+    back = restored(photo, forward, downscale=1)
+    assert back.shape == photo.shape
+    assert np.abs(back.astype(int) - photo).max() <= (0 if scale == 1 else 6)  # Lanczos of blocks rings a little
+    assert restored(photo, forward, downscale=2).shape == photo.shape
+
+
+def test_an_ncnn_network_runs(tmp_path: Path) -> None:
+    pytest.importorskip("ncnn", reason="pip install ncnn")
+    layers = "7767517\n2 2\nInput in 0 1 data\nInterp up 1 1 data out 0=1 1=2.0 2=2.0\n"  # nearest, twice as large
+    (tmp_path / "m.param").write_text(layers)
+    (tmp_path / "m.bin").write_bytes(b"")
+    photo = picture(5, 40, 52)
+    made = decode_rgb(ncnn_restorer(tmp_path / "m", 1)(png_of(photo), 0), "")
+    assert made.shape == photo.shape
+    assert np.abs(made.astype(int) - photo).max() <= 6
+
+
+def test_missing_networks_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing\.param does not exist: unpack a wheel"):
+        ncnn_restorer(tmp_path / "nothing", 1)
