@@ -7,7 +7,7 @@ and making advantages is the learner's credit module: it takes `utility_RN`, `we
 
 Weights: the terms of a block share its mass by their `weight`; the blocks that are present share 1 equally (rewards.md
 6.1: fidelity has its own half, however many quality terms there are), unless `block_mass` says otherwise. Gold terms
-are scored and logged, with weight 0.
+are scored and logged, with weight 0; so are the terms of gates and constraints, whose failures do mask a rollout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 from rewards.base import RewardSpec, Scores
+from rewards.normalisers import NORMALISERS
 from rewards.registry import reward_spec
+
+ROLES = ("reward", "gold", "gate", "constraint")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class TermConfig:
     params: Mapping[str, Any] = field(default_factory=dict)
     timeout_s: float = 60.0  # limit of one scoring call; past it its rows are invalid ("infra: timeout")
     required: bool = True  # an invalid required score masks the rollout; an optional one is neutral
-    role: Literal["reward", "gold"] = "reward"  # gold: watched, never optimised
+    normalise: str | None = None  # a key of rewards.normalisers.NORMALISERS; None: the learner's credit.normalise
+    # gold: watched, never optimised. gate, constraint: scored for one (rewards.gates, rewards.constraints), weight 0
+    role: Literal["reward", "gold", "gate", "constraint"] = "reward"
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,13 @@ class RubricScores:
     weight_R: Tensor  # [R] float32, sums to 1 over reward terms, 0 for gold terms
     floor_R: Tensor  # [R] float32, utility units
     valid_RN: Tensor  # [R, N] bool
-    required_R: Tensor  # [R] bool, True for required reward terms
+    required_R: Tensor  # [R] bool, True for required terms that are not gold
     valid_N: Tensor  # [N] bool, every required reward term is valid
     mix_N: Tensor  # [N] float32, weighted sum of utilities, NaN where not valid_N
     reason_RN: tuple[tuple[str, ...], ...]  # "" where valid
+    specs: tuple[RewardSpec, ...]  # R
+    scale_R: Tensor  # [R] float32, raw units of one unit of utility
+    normalise_R: tuple[str | None, ...]  # R names of normalisers
 
 
 class Rubric:
@@ -76,7 +84,7 @@ class Rubric:
         self.scale_R = torch.tensor([t.scale or s.scale for t, s in zip(self.terms, self.specs, strict=True)])
         self.sign_R = torch.tensor([1.0 if s.higher_is_better else -1.0 for s in self.specs])
         self.floor_R = torch.tensor([t.floor for t in self.terms])
-        self.required_R = torch.tensor([t.required and t.role == "reward" for t in self.terms])
+        self.required_R = torch.tensor([t.required and t.role != "gold" for t in self.terms])
 
     @property
     def needs(self) -> frozenset[str]:
@@ -102,6 +110,9 @@ class Rubric:
             valid_N,
             mixed(utility_RN, self.weight_R, valid_RN, valid_N),
             tuple(s.reason_N for s in scores),
+            self.specs,
+            self.scale_R,
+            tuple(t.normalise for t in self.terms),
         )
 
 
@@ -123,8 +134,10 @@ def check_terms(terms: Sequence[TermConfig], names: Sequence[str]) -> None:
         if count > 1:
             raise ValueError(f"{count} reward terms are called {name!r}; give them different names (name: ...)")
     for name, term in zip(names, terms, strict=True):
-        if term.role not in ("reward", "gold"):
-            raise ValueError(f"term {name!r} has role {term.role!r}; it is 'reward' or 'gold'")
+        if term.role not in ROLES:
+            raise ValueError(f"term {name!r} has role {term.role!r}; it is one of {', '.join(ROLES)}")
+        if term.normalise is not None and term.normalise not in NORMALISERS:
+            raise ValueError(f"term {name!r} has normalise {term.normalise!r}; it is one of {', '.join(NORMALISERS)}")
         if not (math.isfinite(term.weight) and term.weight >= 0):
             raise ValueError(
                 f"term {name!r} has weight {term.weight}; a weight is >= 0 (the direction comes from the reward)"
@@ -138,7 +151,7 @@ def check_terms(terms: Sequence[TermConfig], names: Sequence[str]) -> None:
         if not term.timeout_s > 0:
             raise ValueError(f"term {name!r} has timeout_s {term.timeout_s}; give seconds > 0")
     if not any(t.role == "reward" for t in terms):
-        raise ValueError("every term of the rubric is gold; at least one needs role: reward")
+        raise ValueError("no term of the rubric is optimised; at least one needs role: reward")
 
 
 def term_weights(

@@ -16,14 +16,16 @@ from envs.base import Env
 from envs.registry import ENVS
 from envs.types import Task
 from rewards.base import Reward
+from rewards.constraints import Multipliers
 from rewards.differentiable import DifferentiableMix
 from rewards.registry import build_reward
 from rewards.rubric import FailureBudget, Rubric, TermConfig
+from rlrestore.alarm import Alarm
 from rlrestore.algorithms.base import Algorithm
 from rlrestore.algorithms.registry import ALGORITHMS
 from rlrestore.board import headline, hyperparameters, layout
 from rlrestore.checks import check_config, check_needs, check_photos, check_precision, check_times
-from rlrestore.config import FinetuneConfig, RegulariseConfig, TrainConfig, all_terms
+from rlrestore.config import FinetuneConfig, RegulariseConfig, TrainConfig, all_terms, trained_terms
 from rlrestore.config_files import ConfigError, Plugin, PluginSchemas, plain, read_yaml, typed, user_errors
 from rlrestore.crew import Crew, LocalCrew, StageTimes
 from rlrestore.curriculum import Curriculum
@@ -32,6 +34,7 @@ from rlrestore.engine.build import build_engine, free_port
 from rlrestore.evaluate import Evaluation
 from rlrestore.history import RewardHistory
 from rlrestore.learner import Learner
+from rlrestore.levels import LevelKeeper, Wanted
 from rlrestore.log import RunLog
 from rlrestore.loop import Run, resume
 from rlrestore.restorers.base import Restorer
@@ -148,10 +151,10 @@ def build_crew(config: TrainConfig, times: StageTimes) -> Crew:
             from rlrestore.engine.group import join_group
 
             join_group(0, 1, "127.0.0.1", free_port(), config.placement.stage_timeout_s)
-        return LocalCrew(recipe.build(), build_scorer(terms), tuple(config.rewards), times)
+        return LocalCrew(recipe.build(), build_scorer(terms), tuple(trained_terms(config)), times)
     from rlrestore.actors.crew import RayCrew
 
-    return RayCrew(recipe, terms, tuple(config.rewards), config.placement, config.ray, times)
+    return RayCrew(recipe, terms, tuple(trained_terms(config)), config.placement, config.ray, times)
 
 
 def build_evaluation(config: TrainConfig, env: Env) -> Evaluation:
@@ -168,16 +171,21 @@ def build_log(config: TrainConfig, folder: RunDir) -> RunLog:
     sinks = open_sinks(config.log.sinks, config.log.project, folder.run_id(), folder.path, params)
     log = RunLog(folder.path, purge_step=first + 1 if first else 0, sinks=sinks)
     terms = all_terms(config)
-    log.custom_layout(layout(list(config.rewards)))
+    log.custom_layout(layout(list(trained_terms(config))))
     log.hparams(params, headline({name: term.role for name, term in terms.items()}))
     return log
+
+
+def build_levels(config: TrainConfig, budget: FailureBudget) -> LevelKeeper:
+    wanted = Wanted.by(config.gates, config.constraints)
+    return LevelKeeper(wanted, config.rollout.base_samples, evaluation_chain(config.sampling), config.run.seed, budget)
 
 
 def build_run(config: TrainConfig, folder: RunDir, env: Env) -> Run:
     """Everything of a run, brought to where its checkpoint left it. The caller closes `run.crew`."""
     torch.manual_seed(config.run.seed)  # nothing draws from the global generator; this makes a mistake repeatable
     times = StageTimes()
-    rubric = Rubric(list(config.rewards.values()))
+    rubric = Rubric(list(trained_terms(config).values()))
     evaluation = build_evaluation(config, env)
     budget = FailureBudget(
         config.reward_budget.max_fraction, config.reward_budget.window, config.reward_budget.min_scores
@@ -201,6 +209,9 @@ def build_run(config: TrainConfig, folder: RunDir, env: Env) -> Run:
             times,
             build_algorithm(config.algorithm),
             curriculum,
+            build_levels(config, budget),
+            Multipliers(config.constraints),
+            Alarm(config.alarm, evaluation.rubric),
             history,
         )
         resume(run)
@@ -217,6 +228,7 @@ def check_parts(config: TrainConfig) -> Env:
     for term in all_terms(config).values():
         build_term(term)
     check_needs(Rubric(list(config.rewards.values())), env, "rewards:")
+    check_needs(Rubric(list(trained_terms(config).values())), env, "gates and constraints:")
     check_needs(Rubric(list(all_terms(config).values())), env, "evaluate.gold:")
     if config.regularise.supervised > 0 and not env.has_gt:
         raise ConfigError(

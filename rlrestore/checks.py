@@ -16,6 +16,7 @@ from envs.base import Env
 from rewards.differentiable import not_differentiable
 from rewards.rubric import Rubric
 from rlrestore.algorithms.base import Algorithm
+from rlrestore.checks_guards import check_guards
 from rlrestore.config import TrainConfig, all_terms
 from rlrestore.config_files import ConfigError, user_errors
 from rlrestore.diffusion.kernels import DRIFT_KERNELS, KERNELS
@@ -37,6 +38,7 @@ def check_config(config: TrainConfig, algorithm: Algorithm) -> None:
     _check_sizes(config, algorithm)
     if not config.rewards:
         raise ConfigError("rewards is empty: name at least one term, e.g. rewards: {nss: {weight: 1}}")
+    check_guards(config, algorithm)
     if algorithm.needs.reward:
         _check_gradients(config)
     if config.engine.precision == "bfloat16" and (config.engine.kind == "torch" or config.engine.zero == 0):

@@ -1,7 +1,8 @@
 """The sections of a config as dataclasses, whose defaults are the published method.
 
 Plug-in sections (`env`, `restorer`, `algorithm`) hold a `Plugin`: its `kind` chose the dataclass from the plug-in's literal dict.
-`rewards` and `evaluate.gold` are terms (kind, weight, params). `config_files.py` reads them from YAML.
+`rewards` and `evaluate.gold` are terms (kind, weight, params), `gates` and `constraints`
+terms with more keys. `config_files.py` reads them from YAML.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from rewards.constraints import ConstraintConfig
+from rewards.gates import GateConfig
 from rewards.rubric import TermConfig
 
 
@@ -49,6 +52,7 @@ class RolloutConfig:
     groups: int = 8  # G tasks an iteration, over all ranks
     samples: int = 8  # K rollouts of each task
     batch: int = 16  # rollouts sampled in one forward; a multiple of samples, or a divisor
+    base_samples: int = 2  # of the frozen base, once a task, if a gate or a constraint compares with it
 
 
 @dataclass
@@ -151,6 +155,16 @@ class EvaluateConfig:
 
 
 @dataclass
+class AlarmConfig:
+    """What happens when the mix rises on held-out photos while gold metrics fall (`alarm.py`)."""
+
+    action: str = "warn"  # warn | stop: end the run there | rollback: end it with the best checkpoint | off
+    metrics: tuple[str, ...] = ()  # gold metrics that are watched; () is every one of the fidelity block
+    level: float = 0.95  # of the intervals, shared by all watched metrics (Bonferroni)
+    patience: int = 1  # evaluations in a row that must show it
+
+
+@dataclass
 class CheckpointConfig:
     every: int = 10  # iterations; the last one is always saved
     keep: int = 2
@@ -170,6 +184,8 @@ class TrainConfig:
     restorer: Any
     algorithm: Any
     rewards: dict[str, TermConfig]
+    gates: dict[str, GateConfig] = field(default_factory=dict)
+    constraints: dict[str, ConstraintConfig] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
@@ -180,6 +196,7 @@ class TrainConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     reward_budget: RewardBudgetConfig = field(default_factory=RewardBudgetConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -220,9 +237,13 @@ class FinetuneConfig:
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=500))
 
 
+def trained_terms(config: TrainConfig) -> dict[str, TermConfig]:
+    """What is scored while training: rewards, and the terms of gates and constraints, which share a reward's by its name."""
+    guards: list[tuple[str, ConstraintConfig | GateConfig]] = [*config.constraints.items(), *config.gates.items()]
+    return {**config.rewards, **{name: guard.term for name, guard in guards if name not in config.rewards}}
+
+
 def all_terms(config: TrainConfig) -> dict[str, TermConfig]:
-    """Rewards and gold metrics; a metric that is rewarded under the same name is not gold."""
-    return {
-        **config.rewards,
-        **{name: term for name, term in config.evaluate.gold.items() if name not in config.rewards},
-    }
+    """The same and gold metrics; a metric that is trained on under the same name is not gold."""
+    trained = trained_terms(config)
+    return {**trained, **{name: term for name, term in config.evaluate.gold.items() if name not in trained}}

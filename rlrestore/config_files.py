@@ -19,6 +19,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rewards.constraints import ConstraintConfig
+from rewards.gates import GateConfig
 from rewards.registry import reward_spec
 from rewards.rubric import TermConfig
 from rlrestore.config import TrainConfig
@@ -29,6 +31,9 @@ OmegaConf.clear_resolver("oc.env")
 class ConfigError(ValueError):
     """The user's config is wrong; the message says where and what to do. Exit code 64."""
 
+
+GUARDS: dict[str, type] = {"constraints": ConstraintConfig, "gates": GateConfig}
+GUARD_TERM_KEYS = ("kind", "params", "scale", "timeout_s")  # what of a term a gate or a constraint may set
 
 PluginSchemas = Mapping[str, Mapping[str, type]]  # section -> kind -> dataclass
 
@@ -55,7 +60,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 def _with_base(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
     """A file merged onto its base, whose path is relative to the file.
 
-    A section of another `kind` starts anew; `rewards: {NAME: null}` drops a term.
+    A section of another `kind` starts anew; `rewards: {NAME: null}` drops a term, and so for gates and constraints.
     """
     loaded = OmegaConf.load(path)
     if not isinstance(loaded, DictConfig):
@@ -74,10 +79,11 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
             (below.get(section) or {}).get("kind"),
         ):
             below.pop(section, None)
-    for name in [name for name, term in (loaded.get("rewards") or {}).items() if term is None]:
-        if name in (below.get("rewards") or {}):  # a term that the base has and this one has not
-            below.rewards.pop(name)
-            loaded.rewards.pop(name)
+    for section in ("rewards", *GUARDS):
+        for name in [name for name, term in (loaded.get(section) or {}).items() if term is None]:
+            if name in (below.get(section) or {}):  # a term that the base has and this one has not
+                below[section].pop(name)
+                loaded[section].pop(name)
     return OmegaConf.merge(below, loaded)  # type: ignore[return-value]
 
 
@@ -92,6 +98,8 @@ def typed(schema: type, data: Mapping[str, Any], plugins: PluginSchemas, where: 
         given = data.get(name)
         if name == "rewards":
             values[name] = _terms(given, f"{where}: rewards", "reward")
+        elif name in GUARDS:
+            values[name] = _guards(given or {}, GUARDS[name], f"{where}: {name}", name.removesuffix("s"))
         elif name in plugins:
             values[name] = _plugin(given, plugins[name], f"{where}: {name}")
         else:
@@ -113,6 +121,9 @@ def plain(config: Any) -> Any:
     """Typed config -> plain data that `read_yaml` would have given (the resolved config)."""
     if isinstance(config, Plugin):
         return {"kind": config.kind, **plain(config.config)}
+    if isinstance(config, GateConfig | ConstraintConfig):
+        own = {key: plain(value) for key, value in vars(config).items() if key != "term"}
+        return {**{key: value for key, value in plain(config.term).items() if key in GUARD_TERM_KEYS}, **own}
     if isinstance(config, TermConfig):  # name and role follow from where the term stands
         return {key: plain(value) for key, value in vars(config).items() if key not in ("name", "role")}
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -192,6 +203,32 @@ def _terms(data: Any, where: str, role: str) -> dict[str, TermConfig]:
 def reward_terms(data: Any, where: str) -> dict[str, TermConfig]:
     """The terms of a `rewards:` section that stands alone. ConfigError."""
     return _terms(data, where, "reward")
+
+
+def _guards(data: Any, schema: type, where: str, role: str) -> dict[str, Any]:
+    """Gates or constraints by name: the keys of a term, and the schema's own."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} must map names to settings, e.g. {{consistency: {{margin: 0.001}}}}")
+    own = [item.name for item in dataclasses.fields(schema) if item.name != "term"]
+    guards = {}
+    for name, given in data.items():
+        given = dict(given or {})
+        for key in given:
+            if key not in (*own, *GUARD_TERM_KEYS):
+                raise ConfigError(f"{where}.{name}.{key}: unknown key.{_nearest(str(key), (*own, *GUARD_TERM_KEYS))}")
+        term = _terms({name: {key: given[key] for key in given if key in GUARD_TERM_KEYS}}, where, role)[str(name)]
+        settings = vars(
+            _section(_without_term(schema), {key: given[key] for key in own if key in given}, f"{where}.{name}")
+        )
+        guards[str(name)] = schema(term=term, **settings)
+    return guards
+
+
+def _without_term(schema: type) -> type:
+    """The same fields but the term, as OmegaConf wants them: mutable, each with its default."""
+    types = get_type_hints(schema)
+    fields = [(item.name, types[item.name], item.default) for item in dataclasses.fields(schema) if item.name != "term"]
+    return dataclasses.make_dataclass(schema.__name__, fields)
 
 
 def _nearest(key: str, names: Any) -> str:

@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-STD_EPS = 1e-4  # as Flow-GRPO, verl-omni and TRL; 1e-8 turns float noise into |A| ~ 1
+from rewards.normalisers import STD_EPS, group_mean, group_variance, normalised
+
 ZERO_SPREAD = 1e-9  # below it, a group's utilities are the same number up to float noise
 
 Normalise = Literal["pooled", "group", "global", "none"]
@@ -47,6 +48,9 @@ def group_credit(
     clamp: float = 5.0,
     min_valid: int | None = None,
     min_spread: float = 0.0,
+    normalise_R: Sequence[str | None] | None = None,
+    penalty_N: Tensor | None = None,
+    veto_N: Tensor | None = None,
 ) -> Credit:
     """Advantages of N = groups * K rollouts, row-major by group, from R rewards.
 
@@ -60,7 +64,12 @@ def group_credit(
                 the sum is renormalised; "sum_then_normalise" (Flow-GRPO): raw utilities are added, the sum normalised
     floor_R     least std of each reward, in its own units: a reward that hardly varies must not speak at full volume
     min_valid   groups with fewer valid members are dropped; default max(2, K/2)
-    min_spread  groups are dropped whose spread, the weighted mean of the rewards' stds (raw units), is smaller
+    min_spread  groups are dropped whose spread, the weighted mean of the rewards' stds (raw units), is smaller; the std of the
+                penalties counts, too
+    normalise_R a normaliser of its own for a reward (rewards.normalisers), instead of `normalise`; "normalise_then_sum" only
+    penalty_N   what a rollout pays, utility units: hinges and priced constraints. Its difference to the group's mean is
+                subtracted after normalising, where 1 is one std of a reward that has all the weight. NaN is neutral
+    veto_N      rollouts that take the worst advantage of their group, whatever their rewards
 
     Weights are divided by the sum of their absolute values. A sample that lacks an optional reward takes 0 for it.
     """
@@ -81,26 +90,37 @@ def group_credit(
     sample_ok = counted & (valid | ~required_R[:, None, None]).all(0)  # [G, K]
     enough_G = sample_ok.sum(1) >= min_valid
     spread_G = _weighted_spread(utility, valid & sample_ok, share_R)
+    penalty = torch.zeros(groups, K) if penalty_N is None else penalty_N.detach().cpu().reshape(groups, K)
+    penalty, fined = penalty.double().nan_to_num(nan=0.0), penalty.isfinite()
+    spread_G = spread_G + group_variance(penalty, fined & sample_ok).sqrt()
     spread_ok_G = spread_G >= min_spread
     kept = sample_ok & (enough_G & spread_ok_G)[:, None]  # [G, K]
     used = valid & kept  # [R, G, K]: dropped groups enter no statistic
 
     if rank:
         utility, floor_R = _ranks(utility, used, floor_R), torch.zeros_like(floor_R)
-    mean = _group_mean(utility, used)
+    mean = group_mean(utility, used)
     centred = torch.where(used, utility - mean, 0.0) * _baseline_factor(used, baseline)
+    fined = fined & kept
+    fine = torch.where(fined, penalty - group_mean(penalty, fined), 0.0)  # [G, K], sums to 0 over what is kept
     if fuse == "normalise_then_sum":
-        scale = _scale(utility, used, normalise, floor_R)
-        advantage = _renormalise((share_R[:, None, None] * centred / scale).sum(0), kept, share_R, normalise)
+        parts = share_R[:, None, None] * centred / _scale(utility, used, normalise, floor_R)
+        for row, name in enumerate(normalise_R or ()):
+            if name is not None:
+                parts[row] = share_R[row] * normalised(name, utility[row], used[row], float(floor_R[row]))
+        advantage = _renormalise(parts.sum(0) - fine, kept, share_R, normalise)
     elif fuse == "sum_then_normalise":
         # a missing optional score stands at its group's mean, so that it moves nobody
         total = (share_R[:, None, None] * torch.where(used, utility, mean)).sum(0, keepdim=True)
-        total_centred = (share_R[:, None, None] * centred).sum(0, keepdim=True)
+        total = total - torch.where(fined, penalty, group_mean(penalty, fined))
+        total_centred = (share_R[:, None, None] * centred).sum(0, keepdim=True) - fine
         total_floor = (share_R.abs() * floor_R).sum(0, keepdim=True)
         advantage = (total_centred / _scale(total, kept[None], normalise, total_floor))[0]
     else:
         raise ValueError(f"unknown fuse {fuse!r}; known: normalise_then_sum, sum_then_normalise")
 
+    if veto_N is not None:
+        advantage = _vetoed(advantage, kept, veto_N.cpu().reshape(groups, K))
     group_mean_G = advantage.sum(1) / kept.sum(1).clamp_min(1)
     tolerance = 1e-6 * max(1.0, float(advantage.abs().max()))
     assert float(group_mean_G.abs().max()) < tolerance, "advantages of a group must add up to 0: a mask leaks"
@@ -134,15 +154,6 @@ def _shares(weight_R: Tensor) -> Tensor:
     return weight_R / total
 
 
-def _group_mean(value: Tensor, used: Tensor) -> Tensor:
-    """[..., 1] mean over the used members of the last axis; 0 if there are none."""
-    return (value * used).sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp_min(1)
-
-
-def _group_variance(value: Tensor, used: Tensor) -> Tensor:
-    return _group_mean((value - _group_mean(value, used)).square(), used)[..., 0]
-
-
 def _ranks(utility: Tensor, used: Tensor, floor_R: Tensor) -> Tensor:
     """[R, G, K] rank among the used members of a group, scaled to [-1, 1]: 2 (members below + half of those equal) / (n - 1) - 1."""
     both = used[..., :, None] & used[..., None, :]  # [R, G, K, K] rank of the third axis among the fourth
@@ -150,7 +161,7 @@ def _ranks(utility: Tensor, used: Tensor, floor_R: Tensor) -> Tensor:
     equal = ((utility[..., :, None] == utility[..., None, :]) & both).sum(-1) - 1
     others = (used.sum(-1, keepdim=True) - 1).clamp_min(1)
     ranks = 2 * (below + equal / 2) / others - 1
-    tied = _group_variance(utility, used).sqrt() < floor_R[:, None]
+    tied = group_variance(utility, used).sqrt() < floor_R[:, None]
     return torch.where(used & ~tied[..., None], ranks, 0.0)
 
 
@@ -166,7 +177,7 @@ def _baseline_factor(used: Tensor, baseline: Baseline) -> Tensor:
 
 def _weighted_spread(utility: Tensor, used: Tensor, share_R: Tensor) -> Tensor:
     """[G] weighted mean of the rewards' in-group stds: 0 exactly when no weighted reward tells the members apart."""
-    return (share_R.abs()[:, None] * _group_variance(utility, used).sqrt()).sum(0)
+    return (share_R.abs()[:, None] * group_variance(utility, used).sqrt()).sum(0)
 
 
 def _scale(value: Tensor, used: Tensor, normalise: Normalise, floor_R: Tensor) -> Tensor:
@@ -174,14 +185,14 @@ def _scale(value: Tensor, used: Tensor, normalise: Normalise, floor_R: Tensor) -
     if normalise == "none":
         return torch.ones(1, dtype=torch.float64)
     if normalise == "group":
-        std = _group_variance(value, used).sqrt()[:, :, None]
+        std = group_variance(value, used).sqrt()[:, :, None]
     elif normalise == "pooled":
         informative = used.sum(-1) >= 2  # one member has no spread, which is not the same as a spread of 0
-        variance_R = (_group_variance(value, used) * informative).sum(1) / informative.sum(1).clamp_min(1)
+        variance_R = (group_variance(value, used) * informative).sum(1) / informative.sum(1).clamp_min(1)
         std = variance_R.sqrt()[:, None, None]
     elif normalise == "global":
         flat = used.flatten(1)
-        std = _group_variance(value.flatten(1), flat).sqrt()[:, None, None]
+        std = group_variance(value.flatten(1), flat).sqrt()[:, None, None]
     else:
         raise ValueError(f"unknown normalise {normalise!r}; known: pooled, group, global, none")
     return torch.maximum(std, floor_R[:, None, None]) + STD_EPS
@@ -197,3 +208,10 @@ def _renormalise(advantage: Tensor, kept: Tensor, share_R: Tensor, normalise: No
         return advantage
     std = advantage[kept].square().mean().sqrt()
     return advantage / torch.maximum(std, share_R.square().sum().sqrt())
+
+
+def _vetoed(advantage: Tensor, kept: Tensor, veto: Tensor) -> Tensor:
+    """Vetoed rollouts take the least advantage of their group, which is then centred again; all vetoed is a tie."""
+    worst_G1 = advantage.masked_fill(~kept, math.inf).amin(1, keepdim=True)
+    replaced = torch.where(kept & veto, worst_G1, advantage)
+    return torch.where(kept, replaced - group_mean(replaced, kept), 0.0)

@@ -54,8 +54,14 @@ class Crew(ABC):
         """Sample from the behaviour policy and score, in the order of `chunks`; latents stay with the crew."""
 
     @abstractmethod
-    def generate(self, chunks: Sequence[Chunk], chain: Chain, which: str) -> Iterator[Scored]:
-        """Sample with weights base | ema | current and score with all terms, gold ones too; nothing is kept."""
+    def generate(
+        self, chunks: Sequence[Chunk], chain: Chain, which: str, names: Sequence[str] | None = None
+    ) -> Iterator[Scored]:
+        """Sample with weights base | ema | current; nothing is kept. Scored with all terms, gold ones too, or those named."""
+
+    @abstractmethod
+    def score(self, chunks: Sequence[Chunk], images: Sequence[Images], names: Sequence[str]) -> list[dict[str, Scores]]:
+        """Scores of pictures that are there already, a chunk at a time, with the terms named."""
 
     @abstractmethod
     def update(self, requests: Sequence[UpdateRequest], chain: Chain) -> list[UpdateReport]:
@@ -106,12 +112,17 @@ class LocalCrew(Crew):
             self.times.add("score", time.perf_counter() - sampled)
             yield Scored(chunk, images, scores)
 
-    def generate(self, chunks: Sequence[Chunk], chain: Chain, which: str) -> Iterator[Scored]:
+    def generate(
+        self, chunks: Sequence[Chunk], chain: Chain, which: str, names: Sequence[str] | None = None
+    ) -> Iterator[Scored]:
         self.learner.load_scratch(which)
         for chunk in chunks:
             images = self.learner.sample_with(chunk, chain, which)
-            yield Scored(chunk, images, self.scorer.score(images.restorations(chunk)))
+            yield Scored(chunk, images, self.scorer.score(images.restorations(chunk), names))
         self.learner.sampler.forget()
+
+    def score(self, chunks: Sequence[Chunk], images: Sequence[Images], names: Sequence[str]) -> list[dict[str, Scores]]:
+        return [self.scorer.score(item.restorations(chunk), names) for chunk, item in zip(chunks, images, strict=True)]
 
     def update(self, requests: Sequence[UpdateRequest], chain: Chain) -> list[UpdateReport]:
         start = time.perf_counter()

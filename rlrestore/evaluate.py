@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from envs.types import Task
+from rewards.constraints import ConstraintConfig, hard_values
 from rewards.rubric import Rubric
 from rlrestore.board import correlation_RR
 from rlrestore.crew import Crew, Scored
@@ -41,7 +43,7 @@ class Measured:
 class MetricRow:
     """One line of the table, as `result.json` has it."""
 
-    role: str  # "reward" or "gold"
+    role: str  # "reward" or "gold"; "gate" or "constraint" for a term that only serves one
     higher_is_better: bool
     base: float
     tuned: float
@@ -54,6 +56,19 @@ class MetricRow:
         """better / worse if the interval excludes 0, else within noise."""
         low, high = self.ci95 if self.higher_is_better else (-self.ci95[1], -self.ci95[0])
         return "better" if low > 0 else "worse" if high < 0 else "within noise"
+
+
+@dataclass(frozen=True)
+class ConstraintRow:
+    """What a constraint bounds, on the held-out tasks with the tuned weights, as `result.json` has it."""
+
+    kind: str  # "mean" of the raw value, or "rate": share of restorations beyond the threshold
+    bound: float  # tolerance included
+    base: float
+    measured: float
+    ci95: tuple[float, float]  # of `measured`; where the base is the bound, of the paired difference, from the base
+    n: int  # tasks
+    held: bool  # not violated beyond noise
 
 
 class Evaluation:
@@ -135,6 +150,38 @@ def _row(base: Tensor, tuned: Tensor, role: str, higher_is_better: bool) -> Metr
     )
 
 
+def constraint_rows(
+    constraints: Mapping[str, ConstraintConfig], base: Measured, tuned: Measured, rubric: Rubric
+) -> dict[str, ConstraintRow]:
+    """One row a constraint; the interval is a bootstrap over tasks."""
+    specs = dict(zip(rubric.names, rubric.specs, strict=True))
+    return {
+        name: _constraint_row(constraint, base.values[name], tuned.values[name], specs[name].higher_is_better)
+        for name, constraint in constraints.items()
+    }
+
+
+def _constraint_row(constraint: ConstraintConfig, base: Tensor, tuned: Tensor, higher_is_better: bool) -> ConstraintRow:
+    nan, is_rate = float("nan"), constraint.threshold is not None
+    kind, worse_is_higher = "rate" if is_rate else "mean", is_rate or not higher_is_better
+    both = base.isfinite() & tuned.isfinite()
+    if not bool(both.any()):
+        return ConstraintRow(kind, nan, nan, nan, (nan, nan), 0, False)
+    before, now = (
+        torch.where(both, hard_values(values, constraint.threshold, higher_is_better), nan) for values in (base, tuned)
+    )
+    base_mean, measured = (bootstrap_ci(values.double().numpy()).mean for values in (before, now))
+    slack = constraint.tolerance if worse_is_higher else -constraint.tolerance
+    bound = (base_mean if constraint.bound is None else constraint.bound) + slack
+    # what is held against the base is a difference on equal tasks, which is known better than either side
+    moved = now - before if constraint.bound is None else now
+    interval = bootstrap_ci(moved.double().numpy())
+    offset = base_mean if constraint.bound is None else 0.0
+    low, high = interval.low + offset, interval.high + offset
+    held = low <= bound if worse_is_higher else high >= bound
+    return ConstraintRow(kind, bound, base_mean, measured, (low, high), interval.units, held)
+
+
 def table(rows: Mapping[str, MetricRow]) -> str:
     """The rows as text, aligned for a terminal."""
     header = ("metric", "role", "base", "tuned", "delta", "95% interval", "n", "")
@@ -151,6 +198,21 @@ def table(rows: Mapping[str, MetricRow]) -> str:
         for line in (header, *body)
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def constraint_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line a constraint of `result.json`, for a terminal."""
+    return [
+        f"constraint {name}: {row['kind']} {row['measured']:.4g} [{_ends(row['ci95'])}], bound {row['bound']:.4g}, base "
+        f"{row['base']:.4g}: {'held' if row['held'] else 'VIOLATED'}"
+        if row["n"]
+        else f"constraint {name}: not measured, every score failed"
+        for name, row in rows.items()
+    ]
+
+
+def _ends(ci95: Sequence[float | None]) -> str:
+    return ", ".join("-" if end is None else f"{end:.4g}" for end in ci95)
 
 
 def caveats(tasks: Sequence[Task]) -> list[str]:

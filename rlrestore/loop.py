@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,24 +17,29 @@ from tqdm import tqdm
 
 from envs.base import Env
 from envs.types import Task
+from rewards.constraints import Multipliers
+from rewards.gates import gate_metrics
 from rewards.rubric import FailureBudget, Rubric, RubricScores
+from rlrestore.alarm import Alarm, Verdict
 from rlrestore.algorithms.base import Algorithm
 from rlrestore.board import log_groups, log_histograms, matrix_picture
-from rlrestore.checkpoint import new_checkpoint, read_json, retain, write_json_atomic
+from rlrestore.checkpoint import checkpoint_path, new_checkpoint, read_json, retain, set_aside, write_json_atomic
 from rlrestore.clock import Clock, bare_seconds
 from rlrestore.config import TrainConfig
 from rlrestore.config_files import config_hash
 from rlrestore.credit import Credit
 from rlrestore.crew import Crew, Scored, StageTimes
 from rlrestore.curriculum import Curriculum
-from rlrestore.evaluate import Evaluation, Measured, MetricRow, compare
+from rlrestore.evaluate import ConstraintRow, Evaluation, Measured, MetricRow, compare, constraint_rows
 from rlrestore.history import RewardHistory
+from rlrestore.levels import LevelKeeper
 from rlrestore.log import RunLog
 from rlrestore.rundir import RunDir, versions
 from rlrestore.stages import (
     assign_credit,
     combine,
     cost_metrics,
+    guard,
     make_chunks,
     policy_metrics,
     reward_metrics,
@@ -58,6 +64,9 @@ class Run:
     times: StageTimes
     algorithm: Algorithm  # what it needs and where it trains; the learners have their own
     curriculum: Curriculum
+    levels: LevelKeeper
+    multipliers: Multipliers
+    alarm: Alarm
     history: RewardHistory | None = None  # of `credit.baseline: history`
     first: int = 0  # iterations done before this process
     seconds_before: float = 0.0  # that earlier processes spent
@@ -72,12 +81,16 @@ def train(run: Run) -> dict[str, MetricRow]:
     base = run.evaluation.measure(crew, "base")
     if run.first == 0:
         _log_rows(run, compare(base, base, run.evaluation.rubric), 0)  # where the held-out curves start
+    if run.first == 0 and config.alarm.action == "rollback":
+        _save(run, 0, clock)  # the best so far is the base
     _probe(run, clock)
+    done = run.first
     # closed on an error, too, so that its message has a line of its own
     with tqdm(total=config.run.steps, initial=run.first, desc=config.run.name, unit="it", smoothing=0.1) as progress:
-        for iteration in range(run.first, config.run.steps):
+        for iteration in range(run.first, run.first if run.alarm.ends_run else config.run.steps):
             clock.start()
             tasks = run.curriculum.draw(run.env, iteration, groups)
+            levels = run.levels.of(crew, tasks)
             chain = rollout_chain(config.sampling, seed, iteration, run.algorithm)
             chunks = make_chunks(
                 tasks,
@@ -91,9 +104,11 @@ def train(run: Run) -> dict[str, MetricRow]:
             scores = combine(rollouts, run.rubric)
             _spend_budget(run.budget, rollouts)
             run.curriculum.learn(tasks, scores)
+            gated = guard(scores, config.gates, run.multipliers, levels, groups)
             credit = assign_credit(
-                scores, config.credit, groups, seed, iteration, run.history, [task.photo for task in tasks]
+                scores, config.credit, groups, seed, iteration, run.history, [task.photo for task in tasks], gated
             )
+            prices = run.multipliers.ascend(scores, levels.base)
             requests = update_requests(
                 chunks, credit, crew.ranks, config.engine.micro_batch, run.algorithm.updates, seed, iteration
             )
@@ -101,15 +116,17 @@ def train(run: Run) -> dict[str, MetricRow]:
             crew.publish()
 
             done = iteration + 1
-            _report(run, done, tasks, scores, credit, reports, rollouts, clock)
+            _report(run, done, tasks, scores, credit, reports, rollouts, clock, {**gate_metrics(gated), **prices})
             if _due(done, config.evaluate.every) or done in (1, config.run.steps):
                 log_groups(run.log, done, tasks, rollouts, scores, credit)
             _show(progress, scores)
             if _due(done, config.evaluate.every) and done < config.run.steps:
                 _evaluate(run, base, done)
-            if _due(done, config.checkpoint.every) or done == config.run.steps:
+            if _due(done, config.checkpoint.every) or done == config.run.steps or _alarm_saves(run, done):
                 _save(run, done, clock)
-    return _finish(run, base, clock)
+            if run.alarm.ends_run:
+                break
+    return _finish(run, base, clock, done)
 
 
 def _probe(run: Run, clock: Clock) -> None:
@@ -149,12 +166,15 @@ def _report(
     reports: list[UpdateReport],
     rollouts: list[Scored],
     clock: Clock,
+    guards: dict[str, float],
 ) -> None:
     images = [part.images for part in rollouts]
     run.log.scalars(
         done,
         {
             **reward_metrics(scores, run.config.rollout.groups),
+            **guards,
+            **run.levels.metrics(len(scores.valid_N)),
             **run.curriculum.metrics(tasks),
             **{f"group/{name}": value for name, value in credit.stats.items()},
             **policy_metrics(reports),
@@ -175,22 +195,55 @@ def _show(progress: tqdm, scores: RubricScores) -> None:
     progress.update()
 
 
-def _evaluate(run: Run, base: Measured, done: int) -> tuple[dict[str, MetricRow], str]:
+@dataclass(frozen=True)
+class Evaluated:
+    """Base against the weights at one step."""
+
+    rows: dict[str, MetricRow]
+    constraints: dict[str, ConstraintRow]
+    picture: str  # path of the sample grid
+
+
+def _evaluate(run: Run, base: Measured, done: int, judge: bool = True) -> Evaluated:
+    """Measure, log, and let the alarm judge, unless it has ended the run already."""
     tuned = run.evaluation.measure(run.crew, run.config.evaluate.weights)
     rows = compare(base, tuned, run.evaluation.rubric)
-    _log_rows(run, rows, done)
+    held = constraint_rows(run.config.constraints, base, tuned, run.evaluation.rubric)
+    _log_rows(run, rows, done, held)
+    if judge:
+        _sound(run, done, run.alarm.judge(done, base.values, tuned.values))
     picture = run.log.image(done, "eval/lq_base_tuned_gt", run.evaluation.grid(base, tuned))
     if run.config.evaluate.samples > 1:
         agreement, names = run.evaluation.agreement(tuned)
         run.log.image(done, "eval/correlation", matrix_picture(agreement, names))
-    return rows, str(picture)
+    return Evaluated(rows, held, str(picture))
 
 
-def _log_rows(run: Run, rows: dict[str, MetricRow], done: int) -> None:
+def _sound(run: Run, done: int, verdict: Verdict) -> None:
+    run.log.scalars(
+        done, {"alarm/ringing": float(verdict.ring is not None), "alarm/fired": float(bool(run.alarm.fired))}
+    )
+    if verdict.ring is not None and verdict.fires:
+        message = f"ALARM at step {done}: {verdict.ring.text}"
+        run.log.text(done, "alarm", message)
+        tqdm.write(message, file=sys.stderr)
+
+
+def _alarm_saves(run: Run, done: int) -> bool:
+    """Its end of the run, and the best evaluation so far if that is what it would return to."""
+    return run.alarm.ends_run or (run.config.alarm.action == "rollback" and run.alarm.best_step == done)
+
+
+def _log_rows(
+    run: Run, rows: dict[str, MetricRow], done: int, constraints: Mapping[str, ConstraintRow] | None = None
+) -> None:
     scalars: dict[str, float] = {}
     for name, row in rows.items():
         if row.n:
             scalars |= {f"eval/{row.role}/{name}/tuned": row.tuned, f"eval/{row.role}/{name}/delta": row.delta}
+    for name, held in (constraints or {}).items():
+        if held.n:
+            scalars |= {f"eval/held/{name}/measured": held.measured, f"eval/held/{name}/bound": held.bound}
     run.log.scalars(done, scalars)
 
 
@@ -211,10 +264,14 @@ def _save(run: Run, done: int, clock: Clock) -> None:
                 "budget": run.budget.state_dict(),
                 "curriculum": run.curriculum.state_dict(),
                 "history": run.history and run.history.state_dict(),
+                "levels": run.levels.state_dict(),
+                "multipliers": run.multipliers.state_dict(),
+                "alarm": run.alarm.state_dict(),
                 "seconds": clock.total_s(),
             },
         )
-    retain(run.folder.path, run.config.checkpoint.keep)
+    keep_best = {run.alarm.best_step} if run.config.alarm.action == "rollback" else set()
+    retain(run.folder.path, run.config.checkpoint.keep, keep_best)
 
 
 def resume(run: Run) -> None:
@@ -228,20 +285,46 @@ def resume(run: Run) -> None:
     run.first, run.seconds_before = state["iteration"], state["seconds"]
     run.budget.load_state_dict(state["budget"])
     run.curriculum.load_state_dict(state["curriculum"])
+    run.levels.load_state_dict(state["levels"])
+    run.multipliers.load_state_dict(state["multipliers"])
+    run.alarm.load_state_dict(state["alarm"])
     if run.history is not None:
         run.history.load_state_dict(state["history"])
 
 
-def _finish(run: Run, base: Measured, clock: Clock) -> dict[str, MetricRow]:
-    rows, picture = _evaluate(run, base, run.config.run.steps)
-    config = run.config
+def _finish(run: Run, base: Measured, clock: Clock, done: int) -> dict[str, MetricRow]:
+    """The last evaluation and the result; of the best checkpoint, if the alarm says so."""
+    config, alarm = run.config, run.alarm
+    final = _evaluate(run, base, done, judge=not alarm.ends_run)
+    if alarm.ends_run and config.alarm.action == "rollback":
+        done = _roll_back(run)
+        final = _evaluate(run, base, done, judge=False)
+    elif alarm.ends_run:
+        alarm.stopped_at = done
     result = result_json(
-        config, rows, config.run.steps, clock.total_s(), clock.stage_seconds, clock.efficiency(), run.budget.summary()
+        config, final.rows, done, clock.total_s(), clock.stage_seconds, clock.efficiency(), run.budget.summary()
     )
-    run.folder.write_result(result)
-    run.folder.write_facts(samples=picture, exit="done")
+    run.folder.write_result({**result, **guards_json(final.constraints, run.multipliers.value, alarm.result())})
+    run.folder.write_facts(samples=final.picture, exit="done")
     run.log.close()
-    return rows
+    return final.rows
+
+
+def _roll_back(run: Run) -> int:
+    """Load the best checkpoint and set the later ones aside, so that it is what the run left; its step."""
+    best = run.alarm.returned_to = run.alarm.best_step
+    run.crew.load(checkpoint_path(run.folder.path, best))
+    run.crew.publish()
+    set_aside(run.folder.path, best)
+    return best
+
+
+def guards_json(
+    constraints: Mapping[str, ConstraintRow], multipliers: Mapping[str, float], alarm: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What `result.json` says of constraints and of the alarm, beside `result_json`."""
+    rows = {name: {**_plain_row(row), "lambda": multipliers.get(name)} for name, row in constraints.items()}
+    return {"constraints": rows, "alarm": dict(alarm) if alarm else None}
 
 
 def result_json(
@@ -270,7 +353,7 @@ def images_trained(config: TrainConfig, iterations: int) -> int:
     return iterations * config.rollout.groups * config.rollout.samples
 
 
-def _plain_row(row: MetricRow) -> dict[str, Any]:
+def _plain_row(row: MetricRow | ConstraintRow) -> dict[str, Any]:
     """For JSON, which has no NaN: what could not be measured (no score, or too few tasks for an interval) is null."""
     plain = dataclasses.asdict(row)
     finite = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in plain.items()}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from envs.types import Task
 from rewards.base import Scores
+from rewards.constraints import Multipliers
+from rewards.gates import GateConfig, Gated, Levels, apply_gates
 from rewards.rubric import Rubric, RubricScores, mixed
 from rlrestore.algorithms.base import Algorithm
 from rlrestore.config import CreditConfig, SamplingConfig
@@ -77,6 +80,17 @@ def combine(scored: Sequence[Scored], rubric: Rubric) -> RubricScores:
     return rubric.combine({name: Scores.cat([part.scores[name] for part in scored]) for name in rubric.names})
 
 
+def guard(
+    scores: RubricScores, gates: Mapping[str, GateConfig], multipliers: Multipliers, levels: Levels, groups: int
+) -> Gated:
+    """Gates on the scores, and what hinges and priced constraints cost each rollout."""
+    gated = apply_gates(gates, scores, levels, groups)
+    priced_N = multipliers.penalty_N(scores)
+    return dataclasses.replace(
+        gated, penalty_N=gated.penalty_N + priced_N.nan_to_num(nan=0.0), known_N=gated.known_N & priced_N.isfinite()
+    )
+
+
 def assign_credit(
     scores: RubricScores,
     config: CreditConfig,
@@ -85,26 +99,34 @@ def assign_credit(
     iteration: int,
     history: RewardHistory | None = None,
     photos: Sequence[str] = (),
+    gated: Gated | None = None,
 ) -> Credit:
     """Advantages and weights. With `config.shuffle` (a control) rewards are first permuted inside each group.
 
-    `history` compares with what each of the G `photos` scored before, instead of inside the group.
+    `history` compares with what each of the G `photos` scored before, instead of inside the group. `gated` is what `guard` made of
+    the scores.
     """
-    utility_RN, valid_RN = scores.utility_RN, scores.valid_RN
+    n = len(scores.valid_N)
+    gated = gated or apply_gates({}, scores, Levels(), groups)
+    # a rollout that a gate or a constraint does not know is masked, also where its term is an optional reward
+    known_RN = scores.valid_RN & gated.known_N
+    order_N = torch.arange(n)
     if config.shuffle:
-        order_N = _shuffle_inside_groups(utility_RN.shape[1], groups, derive_seed(seed, "shuffle", iteration))
-        utility_RN, valid_RN = utility_RN[:, order_N], valid_RN[:, order_N]
-        # who is masked is a fact of the rollout, not of its reward: a row that failed stays masked
-        valid_RN = valid_RN & scores.valid_RN
+        order_N = _shuffle_inside_groups(n, groups, derive_seed(seed, "shuffle", iteration))
+    # who is masked is a fact of the rollout, not of its reward: a row that failed stays masked
+    utility_RN, valid_RN = gated.utility_RN[:, order_N], known_RN[:, order_N] & known_RN
+    penalty_N, veto_N = gated.penalty_N[order_N], gated.veto_N[order_N]
     if history is not None:
         known_N = (valid_RN & (scores.weight_R[:, None] != 0)).any(0)
         valid_N = known_N & (valid_RN | ~scores.required_R[:, None]).all(0)
-        return history.credit(photos, mixed(utility_RN, scores.weight_R, valid_RN, valid_N), config.clamp)
+        mix_N = mixed(utility_RN, scores.weight_R, valid_RN, valid_N)
+        return history.credit(photos, mix_N - penalty_N, config.clamp)
     return group_credit(
         utility_RN, scores.weight_R, valid_RN, scores.required_R, groups,
         # checked when the config was loaded
         normalise=config.normalise, baseline=config.baseline, rank=config.rank, fuse=config.fuse,  # type: ignore[arg-type]
         floor_R=scores.floor_R, clamp=config.clamp, min_valid=config.min_valid or None, min_spread=config.min_spread,
+        normalise_R=scores.normalise_R, penalty_N=penalty_N, veto_N=veto_N,
     )  # fmt: skip
 
 

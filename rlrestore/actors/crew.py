@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from rewards.base import Scores
 from rewards.rubric import TermConfig
 from rlrestore.actors.cluster import bundle_list, fetch, node_order, remove_placement_group, reserve, spawn, start_ray
 from rlrestore.actors.rewards import RewardPool
@@ -26,7 +27,7 @@ from rlrestore.actors.workers import RewardWorker, RolloutWorker, TrainerWorker
 from rlrestore.config import PlacementConfig, RayConfig
 from rlrestore.crew import Crew, Scored, StageTimes, deal
 from rlrestore.diffusion.sampling import Chain
-from rlrestore.types import Chunk, ProbeReport, UpdateReport, UpdateRequest
+from rlrestore.types import Chunk, Images, ProbeReport, UpdateReport, UpdateRequest
 from rlrestore.weights import Published, SyncError
 
 if TYPE_CHECKING:
@@ -103,9 +104,11 @@ class RayCrew(Crew):
                 else:
                     images_ref = self.trainers[worker].sample.remote(chunk_ref, chain_ref)
                 submitted.append((chunks[index], chunk_ref, images_ref))
-        yield from self._score(submitted, self.reward_names)
+        yield from self._score(submitted, self.reward_names, self.samplers)
 
-    def generate(self, chunks: Sequence[Chunk], chain: Chain, which: str) -> Iterator[Scored]:
+    def generate(
+        self, chunks: Sequence[Chunk], chain: Chain, which: str, names: Sequence[str] | None = None
+    ) -> Iterator[Scored]:
         """Trainer ranks do it in both placements: they hold the base and the EMA."""
         fetch(
             [trainer.load_scratch.remote(which) for trainer in self.trainers], self.limit_s, f"loading {which} weights"
@@ -121,13 +124,20 @@ class RayCrew(Crew):
             # An adapter under ZeRO-3 is asked by all ranks or by none: who has fewer chunks samples one for nobody.
             for _ in range(max(map(len, shares)) - len(share)):
                 idle.append(self.trainers[worker].sample_with.remote(chunks[0], chain_ref, which))
-        yield from self._score(submitted, self.all_names)
+        yield from self._score(submitted, self.all_names if names is None else names, self.ranks)
         fetch(idle, self.limit_s, "sampling beside the others")
 
-    def _score(self, submitted: Sequence[tuple[Chunk, Any, Any]], names: Sequence[str]) -> Iterator[Scored]:
+    def score(self, chunks: Sequence[Chunk], images: Sequence[Images], names: Sequence[str]) -> list[dict[str, Scores]]:
+        for key, (chunk, item) in enumerate(zip(chunks, images, strict=True)):
+            self.rewards.submit(key, chunk, ray.put(chunk), ray.put(item), names)
+        return [self.rewards.collect(key) for key in range(len(chunks))]
+
+    def _score(
+        self, submitted: Sequence[tuple[Chunk, Any, Any]], names: Sequence[str], samplers: int
+    ) -> Iterator[Scored]:
         """Queue on reward workers in the order in which the samplers finish (round by round), yield in chunk order."""
         start = time.perf_counter()
-        for key in _round_robin(deal(len(submitted), self._sampling_workers(names))):
+        for key in _round_robin(deal(len(submitted), samplers)):
             chunk, chunk_ref, images_ref = submitted[key]
             self.rewards.submit(key, chunk, chunk_ref, images_ref, names)
         ready = [fetch(images_ref, self.limit_s, f"sampling chunk {chunk.index}") for chunk, _, images_ref in submitted]
@@ -139,9 +149,6 @@ class RayCrew(Crew):
         self.times.add("sample", sampled - start)
         self.times.add("score", time.perf_counter() - sampled)  # what sampling did not hide
         yield from scored
-
-    def _sampling_workers(self, names: Sequence[str]) -> int:
-        return self.ranks if names == self.all_names else self.samplers
 
     # -- training and weights ----------------------------------------------------------------------------------------
 

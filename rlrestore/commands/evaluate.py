@@ -24,15 +24,26 @@ from rlrestore.commands.evaluate_sets import run_sets
 from rlrestore.config import TrainConfig
 from rlrestore.config_files import ConfigError, plain, read_yaml
 from rlrestore.crew import StageTimes
-from rlrestore.evaluate import Evaluation, Measured, MetricRow, caveats, compare, table
-from rlrestore.loop import images_trained, result_json
+from rlrestore.evaluate import (
+    ConstraintRow,
+    Evaluation,
+    Measured,
+    MetricRow,
+    caveats,
+    compare,
+    constraint_lines,
+    constraint_rows,
+    table,
+)
+from rlrestore.loop import guards_json, images_trained, result_json
 from rlrestore.pictures import to_pil
 from rlrestore.quiet import quiet
 from rlrestore.rundir import newest_checkpoint, open_existing
 
 # What the checkpoint's files and the meaning of base and tuned depend on; all else may differ from the run.
 FIXED_KEYS = (
-    "run.seed", "env", "restorer", "algorithm", "rewards", "sampling", "engine", "rollout.groups", "rollout.samples",
+    "run.seed", "env", "restorer", "algorithm", "rewards", "gates", "constraints", "sampling", "engine", "rollout.groups",
+    "rollout.samples",
 )  # fmt: skip
 
 
@@ -49,12 +60,13 @@ def run_evaluate(config_path: Path, overrides: list[str], checkpoint: Path | Non
         print(f"evaluating {source} in {config.placement.kind} placement", flush=True)
         evaluation, base, tuned, seconds = _measure(config, env, source)
         rows = compare(base, tuned, evaluation.rubric)
+        held = constraint_rows(config.constraints, base, tuned, evaluation.rubric)
         step = read_manifest(source).step
         picture = _write_grid(folder.path, step, evaluation.grid(base, tuned))
-        result = folder.write_result(_result(folder.path, config, source, rows, seconds))
+        result = folder.write_result(_result(folder.path, config, source, rows, held, seconds))
     print(f"\nbase against step {step} ({config.evaluate.weights} weights), {config.evaluate.tasks} held-out tasks x "
           f"{config.evaluate.samples} seeds:\n\n{table(rows)}")  # fmt: skip
-    for line in caveats(evaluation.tasks):
+    for line in (*constraint_lines(guards_json(held, {}, None)["constraints"]), *caveats(evaluation.tasks)):
         print(line)
     print(f"\nsample grid  {picture}\nresult       {result}\ncheckpoint   {source}")
 
@@ -118,21 +130,27 @@ def _measure(config: TrainConfig, env: Env, source: Path) -> tuple[Evaluation, M
 
 
 def _result(
-    run: Path, config: TrainConfig, source: Path, rows: dict[str, MetricRow], seconds: dict[str, float]
+    run: Path,
+    config: TrainConfig,
+    source: Path,
+    rows: dict[str, MetricRow],
+    held: dict[str, ConstraintRow],
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """The contract of `loop.result_json`. `images`, `wall_s` and `efficiency` say what the tuned weights cost to train.
 
-    Stages and efficiency of the training are known if the run's own result.json is of the same number of images.
+    Stages, efficiency and alarm of the training are known if the run's own result.json is of the same number of images.
     """
     state, budget = read_json(source / "loop.json"), FailureBudget()
     budget.load_state_dict(state["budget"])
     known = read_json(run / "result.json") if (run / "result.json").is_file() else {}
     trained = known if known.get("images") == images_trained(config, state["iteration"]) else {}
-    return result_json(
+    result = result_json(
         config, rows, state["iteration"], trained.get("wall_s", state["seconds"]),
         {**trained.get("stages_s", {}), **seconds}, trained.get("efficiency", 0.0),
         budget.summary(),
     )  # fmt: skip
+    return {**result, **guards_json(held, state["multipliers"], trained.get("alarm"))}
 
 
 def _write_grid(run: Path, step: int, picture: torch.Tensor) -> Path:

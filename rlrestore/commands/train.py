@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlrestore.alarm import alarm_lines
 from rlrestore.build import build_run, check_parts, load_train_config
-from rlrestore.evaluate import MetricRow, caveats, table
+from rlrestore.config import TrainConfig
+from rlrestore.evaluate import MetricRow, caveats, constraint_lines, table
 from rlrestore.loop import Run, train
 from rlrestore.quiet import quiet
 from rlrestore.rundir import RunDir, now, open_run
@@ -19,8 +21,8 @@ def run_train(config_path: Path, overrides: list[str]) -> None:
     env = check_parts(config)
     folder = open_run(config.run, config)
     try:
-        if _finished(folder, config.run.steps):
-            print(f"{folder.path} is complete: {config.run.steps} iterations are done. To go on, raise run.steps.")
+        if how := _finished(folder, config):
+            print(f"{folder.path} is complete: {how}")
             _print_saved(folder)
             folder.close()
             return
@@ -43,23 +45,38 @@ def run_train(config_path: Path, overrides: list[str]) -> None:
     _print_table(run, rows)
 
 
-def _finished(folder: RunDir, steps: int) -> bool:
-    done = folder.resume_from and int(folder.resume_from.name.removeprefix("step_"))
-    return bool(done and done >= steps and (folder.path / "result.json").is_file())
+def _finished(folder: RunDir, config: TrainConfig) -> str:
+    """How the run ended and how to go on, or "" if it did not end."""
+    if folder.resume_from is None or not (folder.path / "result.json").is_file():
+        return ""
+    done = int(folder.resume_from.name.removeprefix("step_"))
+    if done >= config.run.steps:
+        return f"{config.run.steps} iterations are done. To go on, raise run.steps."
+    alarm = json.loads((folder.path / "result.json").read_text()).get("alarm") or {}
+    if alarm.get("action") == config.alarm.action and done in (alarm.get("stopped_at"), alarm.get("returned_to")):
+        return f"its alarm ended it at step {done} (alarm.action={config.alarm.action}). To go on from there, set alarm.action=warn."
+    return ""
 
 
 def _print_table(run: Run, rows: dict[str, MetricRow]) -> None:
     config = run.config.evaluate
     print(f"\nbase against tuned ({config.weights} weights), {config.tasks} held-out tasks x {config.samples} seeds:\n")
     print(table(rows))
-    for line in caveats(run.evaluation.tasks):
+    result = json.loads((run.folder.path / "result.json").read_text())
+    for line in (
+        *constraint_lines(result["constraints"]),
+        *caveats(run.evaluation.tasks),
+        *alarm_lines(result["alarm"]),
+    ):
         print(line)
     _print_paths(run.folder)
 
 
 def _print_saved(folder: RunDir) -> None:
-    metrics = json.loads((folder.path / "result.json").read_text())["metrics"]
-    print("\n" + table({name: _saved_row(row) for name, row in metrics.items()}))
+    result = json.loads((folder.path / "result.json").read_text())
+    print("\n" + table({name: _saved_row(row) for name, row in result["metrics"].items()}))
+    for line in (*constraint_lines(result.get("constraints") or {}), *alarm_lines(result.get("alarm"))):
+        print(line)
     _print_paths(folder)
 
 

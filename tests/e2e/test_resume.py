@@ -33,6 +33,8 @@ REMEMBERS = [
     "credit.baseline=history",
     "credit.history=8",
     "curriculum.candidates=2",
+    "gates={consistency: {form: multiply, limit: 0.02, acts_on: [ssim_rgb]}, low_frequency: {form: hinge}}",
+    "constraints={gmsd: {step: 1.0}}",
 ]  # a loop with a memory of its own
 LIMIT_S = 600
 USAGE = 64

@@ -306,3 +306,62 @@ def test_a_history_continues_from_its_saved_state():
     resumed.load_state_dict(json.loads(json.dumps(straight.state_dict())))
     mix = torch.rand(4)
     assert values(straight.credit(["b"], mix, clamp=5.0)) == values(resumed.credit(["b"], mix, clamp=5.0))
+
+
+# --- normalisers of single rewards, penalties, vetoes ------------------------------------------------------------------
+
+
+def test_a_reward_may_have_a_normaliser_of_its_own():
+    # min_max: 0, .25, 1, .75 less .5 (floor 0, + 1e-4 of 4); alone its weight is 1, and 1 std is never amplified to
+    c = credit([[1.0, 2.0, 5.0, 4.0]], 1, normalise_R=["min_max"])
+    assert values(c) == pytest.approx([-0.5, -0.25, 0.5, 0.25], abs=2e-5)
+    # None leaves the other one as it was
+    rewards = [[1.0, 2.0, 5.0, 4.0], [0.3, 0.1, 0.2, 0.9]]
+    assert values(credit(rewards, 1, normalise_R=[None, None])) == values(credit(rewards, 1))
+    assert values(credit(rewards, 1, normalise_R=["group_z", "group_z"])) == values(
+        credit(rewards, 1, normalise="group")
+    )
+
+
+@pytest.mark.parametrize("fuse", ["normalise_then_sum", "sum_then_normalise"])
+def test_no_penalty_is_bitwise_nothing(fuse):
+    rewards = [[0.2, 0.6, NAN, 0.4], [1.0, 7.0, 2.0, 3.0]]
+    plain = credit(rewards, 1, fuse=fuse)
+    fined = credit(rewards, 1, fuse=fuse, penalty_N=torch.zeros(4), veto_N=torch.zeros(4, dtype=torch.bool))
+    assert torch.equal(plain.advantage_N, fined.advantage_N) and plain.stats == fined.stats
+
+
+def test_a_penalty_is_subtracted_in_stds_of_the_mix():
+    # z of 0, 1 is -+1 (std .5, + 1e-4: .9998). Penalties 0, .5 less their mean .25: -.25, .25, so -.7498, .7498; rms below 1: kept
+    c = credit([[0.0, 1.0]], 1, penalty_N=torch.tensor([0.0, 0.5]))
+    assert values(c) == pytest.approx([-0.749800, 0.749800], abs=1e-6)
+    # a price of 4: .9998 - 2 turns the order round; then unit std again
+    c = credit([[0.0, 1.0]], 1, penalty_N=torch.tensor([0.0, 4.0]))
+    assert values(c) == pytest.approx([1.0, -1.0], abs=1e-6)
+
+
+def test_a_penalty_that_all_pay_or_nobody_knows_moves_nothing():
+    plain = values(credit([[0.0, 1.0, 3.0]], 1))
+    assert values(credit([[0.0, 1.0, 3.0]], 1, penalty_N=torch.full((3,), 7.0))) == pytest.approx(plain)
+    assert values(credit([[0.0, 1.0, 3.0]], 1, penalty_N=torch.full((3,), NAN))) == plain
+
+
+def test_a_penalty_of_a_masked_rollout_is_never_read():
+    one, other = (credit([[0.0, 1.0, NAN]], 1, penalty_N=torch.tensor([0.0, 0.5, hidden])) for hidden in (-9.0, 1e6))
+    assert torch.equal(one.advantage_N, other.advantage_N) and one.stats == other.stats
+
+
+def test_a_tied_group_that_pays_differently_is_not_dropped():
+    tied = [[1.0, 1.0]]
+    assert credit(tied, 1, min_spread=0.01).stats["dropped_groups"] == 1
+    c = credit(tied, 1, min_spread=0.01, penalty_N=torch.tensor([0.0, 1.0]))
+    assert c.stats["dropped_groups"] == 0 and values(c) == pytest.approx([0.5, -0.5])
+
+
+def test_a_veto_takes_the_worst_advantage():
+    # z of 0, 1, 2, 5 (mean 2, std sqrt(3.5) = 1.870829): -1.068988, -.534494, 0, 1.603482; the last becomes the first: mean
+    # (-1.068988 * 2 - .534494) / 4 = -.668118 is taken off again
+    vetoed = torch.tensor([False, False, False, True])
+    c = credit([[0.0, 1.0, 2.0, 5.0]], 1, veto_N=vetoed)
+    assert values(c) == pytest.approx([-0.400871, 0.133624, 0.668118, -0.400871], abs=1e-4)
+    assert values(credit([[0.0, 1.0, 2.0, 5.0]], 1, veto_N=torch.ones(4, dtype=torch.bool))) == [0, 0, 0, 0]

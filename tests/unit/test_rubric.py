@@ -115,7 +115,7 @@ def test_needs_is_the_union_and_names_can_be_given() -> None:
         ([TermConfig("gmsd", scale=0.0)], "scale 0.0"),
         ([TermConfig("gmsd", floor=0.0)], "floor 0.0"),
         ([TermConfig("gmsd", timeout_s=0.0)], "timeout_s 0.0"),
-        ([TermConfig("gmsd", role="silver")], "'reward' or 'gold'"),  # type: ignore[arg-type]
+        ([TermConfig("gmsd", role="silver")], "one of reward, gold, gate, constraint"),  # type: ignore[arg-type]
     ],
 )
 def test_impossible_terms_are_refused(terms: list[TermConfig], part: str) -> None:
