@@ -25,6 +25,7 @@ from rlrestore.config import AlarmConfig
 from rlrestore.statistics import Interval, bootstrap_ci
 
 BASE = 0  # the step of the base
+MIN_TASKS = 6  # fewer agree on a sign by chance: 2 of 2 do it every other time, 6 of 6 once in 32
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,9 @@ def game(
 
 
 def difference(then: Tensor, now: Tensor, level: float) -> Interval | None:
-    """now - then over the (task, sample) pairs that both know; None if there are none."""
+    """now - then over the (task, sample) pairs that both know; None if those are of fewer than `MIN_TASKS`."""
     delta = (now - then).double()
-    return bootstrap_ci(delta.numpy(), level) if bool(delta.isfinite().any()) else None
+    return bootstrap_ci(delta.numpy(), level) if int(delta.isfinite().any(1).sum()) >= MIN_TASKS else None
 
 
 def mean_of(values: Tensor) -> float:

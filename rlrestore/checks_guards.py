@@ -10,6 +10,7 @@ from rewards.constraints import check_constraint
 from rewards.gates import check_gate
 from rewards.registry import reward_spec
 from rewards.rubric import TermConfig
+from rlrestore.alarm import MIN_TASKS
 from rlrestore.algorithms.base import Algorithm
 from rlrestore.config import TrainConfig, all_terms, trained_terms
 from rlrestore.config_files import ConfigError, user_errors
@@ -28,7 +29,7 @@ def check_guards(config: TrainConfig, algorithm: Algorithm) -> None:
     _check_shared_names(config)
     if (config.gates or config.constraints) and algorithm.needs.reward:
         raise ConfigError(
-            f"algorithm.kind={config.algorithm.kind} climbs the gradient of the mix, in which {_some(config)} have no part: remove "
+            f"algorithm.kind={config.algorithm.kind} climbs the gradient of the mix and {_some(config)} cannot be part of it: remove "
             "them, or use a method that goes by scores, such as nft"
         )
     if config.rollout.base_samples < 1:
@@ -102,6 +103,11 @@ def _check_alarm(config: TrainConfig) -> None:
             raise ConfigError(
                 f"alarm.action={alarm.action} needs evaluations while training and evaluate.every=0: set it, e.g. to 5, or "
                 "alarm.action=warn"
+            )
+        if config.evaluate.tasks < MIN_TASKS:
+            raise ConfigError(
+                f"alarm.action={alarm.action} judges over at least {MIN_TASKS} held-out tasks and evaluate.tasks={config.evaluate.tasks}: "
+                "raise evaluate.tasks, or set alarm.action=warn"
             )
         if not alarm.metrics and not any(_spec(terms[name]).block == "fidelity" for name in gold):
             raise ConfigError(

@@ -96,7 +96,7 @@ def _refuse_changes(saved: Path, config: TrainConfig, checkpoint: Path) -> None:
     ranks = ("placement.ranks",) if config.engine.kind == "deepspeed" else ()  # its files are one a rank
     for key in (*FIXED_KEYS, *ranks):
         before, after = _at(old, key), _at(new, key)
-        if before != after:
+        if (before or None) != (after or None):  # a run from before a section existed has none of it
             raise ConfigError(
                 f"{saved.parent} was trained with {key}={before} and the config now says {after}: evaluate compares "
                 "weights of one run, so set it back; only evaluate.*, log.* and placement.* may differ"
@@ -150,7 +150,7 @@ def _result(
         {**trained.get("stages_s", {}), **seconds}, trained.get("efficiency", 0.0),
         budget.summary(),
     )  # fmt: skip
-    return {**result, **guards_json(held, state["multipliers"], trained.get("alarm"))}
+    return {**result, **guards_json(held, state.get("multipliers", {}), trained.get("alarm"))}
 
 
 def _write_grid(run: Path, step: int, picture: torch.Tensor) -> Path:

@@ -72,7 +72,7 @@ def test_gates_and_constraints_are_measured_priced_and_reported(
     # the same table again, from the checkpoint
     before = result["constraints"]
     assert run_cli("evaluate", tmp_path / "tiny_nft.yaml", *GUARDS) == 0
-    assert result_of(run)["constraints"] == before and result_of(run)["alarm"]["fired"] is False
+    assert result_of(run)["constraints"] == before and result_of(run)["alarm"] == result["alarm"]
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,15 @@ def test_gates_and_constraints_are_measured_priced_and_reported(
         ),
         (["constraints={gmsd: {step: 0}}"], "constraints.gmsd: step=0"),
         (["constraints={gmsd: {weight: 2}}"], "constraints.gmsd.weight: unknown key"),
-        (["constraints={gmsd: {}}", "algorithm={kind: draft}"], "climbs the gradient of the mix"),
         (["rewards.ssim_rgb.normalise=cdf"], "normalise 'cdf'; it is one of gaussian_cdf"),
         (["rewards.ssim_rgb.normalise=min_max", "credit.rank=true"], "credit.rank=True"),
         (["alarm.action=panic"], "alarm.action=panic is unknown"),
         (["alarm.action=stop"], "evaluate.every=0"),
-        (["alarm.action=stop", "evaluate.every=1", "evaluate.gold={nss: {}}"], "nothing to watch"),
+        (["alarm.action=stop", "evaluate.every=1"], "at least 6 held-out tasks and evaluate.tasks=2"),
+        (
+            ["alarm.action=stop", "evaluate.every=1", "evaluate.tasks=6", "evaluate.gold.psnr_rgb.kind=nss"],
+            "nothing to watch",
+        ),
         (["alarm.metrics=[ssim_rgb]"], "'ssim_rgb', which is not in evaluate.gold: psnr_rgb"),
         (["rollout.base_samples=0"], "rollout.base_samples=0"),
     ],
@@ -106,6 +109,12 @@ def test_what_cannot_work_is_said_in_one_line(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and said in lines[0]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_gradient_method_has_no_place_for_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "weights").mkdir()
+    assert run_cli("train", write_tiny(tmp_path, "draft"), "constraints={gmsd: {}}") == USAGE
+    assert "climbs the gradient of the mix and constraints.gmsd cannot be part of it" in capsys.readouterr().err
 
 
 # -- the alarm ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rewards.base import RewardSpec
 from rewards.rubric import Rubric, TermConfig
-from rlrestore.alarm import Alarm, alarm_lines, game
+from rlrestore.alarm import MIN_TASKS, Alarm, alarm_lines, game
 from rlrestore.config import AlarmConfig
 
 TASKS, SAMPLES = 24, 2
@@ -113,10 +113,10 @@ def test_patience_and_chosen_metrics() -> None:
 
 def test_what_failed_is_left_out() -> None:
     now = measured(1, mix=1.0, psnr=-1.0)
-    now["psnr"][:20] = math.nan
-    assert game(10, 0, BASE, now, {"psnr": True}) is not None  # four tasks are left, far below
-    now["psnr"][:] = math.nan
-    assert game(10, 0, BASE, now, {"psnr": True}) is None
+    now["psnr"][: TASKS - MIN_TASKS] = math.nan
+    assert game(10, 0, BASE, now, {"psnr": True}) is not None  # six tasks are left, all far below
+    now["psnr"][TASKS - MIN_TASKS] = math.nan
+    assert game(10, 0, BASE, now, {"psnr": True}) is None  # five of five is chance
     now["mix"][:] = math.nan
     assert game(10, 0, BASE, now, {"psnr": True}) is None
 
