@@ -92,7 +92,7 @@ def test_gates_and_constraints_are_measured_priced_and_reported(
         (["rewards.ssim_rgb.normalise=min_max", "credit.rank=true"], "credit.rank=True"),
         (["alarm.action=panic"], "alarm.action=panic is unknown"),
         (["alarm.action=stop"], "evaluate.every=0"),
-        (["alarm.action=stop", "evaluate.every=1"], "at least 6 held-out tasks and evaluate.tasks=2"),
+        (["alarm.action=stop", "evaluate.every=1"], "needs 6 held-out tasks or more and evaluate.tasks=2"),
         (
             ["alarm.action=stop", "evaluate.every=1", "evaluate.tasks=6", "evaluate.gold.psnr_rgb.kind=nss"],
             "nothing to watch",
