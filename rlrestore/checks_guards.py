@@ -106,8 +106,8 @@ def _check_alarm(config: TrainConfig) -> None:
             )
         if config.evaluate.tasks < MIN_TASKS:
             raise ConfigError(
-                f"alarm.action={alarm.action} needs {MIN_TASKS} held-out tasks or more and evaluate.tasks={config.evaluate.tasks}: raise "
-                "it, or set alarm.action=warn"
+                f"alarm.action={alarm.action} needs {MIN_TASKS} held-out tasks or more and evaluate.tasks={config.evaluate.tasks}: "
+                "raise it, or set alarm.action=warn"
             )
         if not alarm.metrics and not any(_spec(terms[name]).block == "fidelity" for name in gold):
             raise ConfigError(

@@ -119,7 +119,7 @@ class LevelKeeper:
         if not self.wanted.lq:
             return {}
         chunks = [self._chunk(index, task, 1) for index, task in enumerate(tasks)]
-        images = [Images(index, to_pixels(task.lq[None]), 0.0, 0.0, 0, 0.0) for index, task in enumerate(tasks)]
+        images = [Images(index, to_pixels(task.lq[None]), 0.0, 0.0, 0.0, 0, 0.0) for index, task in enumerate(tasks)]
         scored = crew.score(chunks, images, self.wanted.lq)
         for part in scored:
             self.budget.update(part)

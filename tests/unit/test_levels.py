@@ -40,7 +40,9 @@ class Stub:
             self.sampled.append(one.id)
             raw = torch.tensor([row.seed % 1000 / 1000 for row in chunk.rows])
             scores = {n: _failed(len(raw)) if n in self.fails else checked_scores(raw, (None, None)) for n in names}
-            images = Images(chunk.index, torch.zeros(len(raw), 3, 4, 4, dtype=torch.uint8), 0.0, 0.0, 2 * len(raw), 0.0)
+            images = Images(
+                chunk.index, torch.zeros(len(raw), 3, 4, 4, dtype=torch.uint8), 0.0, 0.0, 0.0, 2 * len(raw), 0.0
+            )
             yield Scored(chunk, images, scores)
 
     def score(self, chunks: Sequence[Chunk], images: Sequence[Images], names: Sequence[str]) -> list[dict[str, Scores]]:
