@@ -43,6 +43,7 @@ from rlrestore.rundir import RunDir, now, versions
 from rlrestore.scoring import Scorer
 from rlrestore.sinks import open_sinks
 from rlrestore.stages import evaluation_chain
+from rlrestore.stopping import Stop
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -56,6 +57,8 @@ def load_finetune_config(path: str | Path, overrides: Sequence[str] = ()) -> Fin
     config = typed(FinetuneConfig, read_yaml(path, overrides), _schemas(), str(path))
     if config.optimiser.schedule not in ("wsd", "cosine"):
         raise ConfigError(f"optimiser.schedule '{config.optimiser.schedule}' is unknown: choose wsd or cosine")
+    if config.run.max_hours < 0:
+        raise ConfigError(f"run.max_hours={config.run.max_hours} must be 0 (no limit) or positive")
     return config
 
 
@@ -152,9 +155,14 @@ def build_crew(config: TrainConfig, times: StageTimes) -> Crew:
 
             join_group(0, 1, "127.0.0.1", free_port(), config.placement.stage_timeout_s)
         return LocalCrew(recipe.build(), build_scorer(terms), tuple(trained_terms(config)), times)
+    from rlrestore.actors import before_ray
+
+    before_ray(config.ray.address)
     from rlrestore.actors.crew import RayCrew
 
-    return RayCrew(recipe, terms, tuple(trained_terms(config)), config.placement, config.ray, times)
+    ahead = config.asynchrony.ahead
+    corrects = build_algorithm(config.algorithm).needs.trajectory
+    return RayCrew(recipe, terms, tuple(trained_terms(config)), config.placement, config.ray, times, ahead, corrects)
 
 
 def build_evaluation(config: TrainConfig, env: Env) -> Evaluation:
@@ -181,7 +189,7 @@ def build_levels(config: TrainConfig, budget: FailureBudget) -> LevelKeeper:
     return LevelKeeper(wanted, config.rollout.base_samples, evaluation_chain(config.sampling), config.run.seed, budget)
 
 
-def build_run(config: TrainConfig, folder: RunDir, env: Env) -> Run:
+def build_run(config: TrainConfig, folder: RunDir, env: Env, stop: Stop | None = None) -> Run:
     """Everything of a run, brought to where its checkpoint left it. The caller closes `run.crew`."""
     torch.manual_seed(config.run.seed)  # nothing draws from the global generator; this makes a mistake repeatable
     times = StageTimes()
@@ -213,6 +221,7 @@ def build_run(config: TrainConfig, folder: RunDir, env: Env) -> Run:
             Multipliers(config.constraints),
             Alarm(config.alarm, evaluation.rubric),
             history,
+            stop=stop or Stop(),
         )
         resume(run)
     except BaseException:

@@ -22,6 +22,7 @@ from rlrestore.config_files import ConfigError, user_errors
 from rlrestore.diffusion.kernels import DRIFT_KERNELS, KERNELS
 from rlrestore.diffusion.solvers import SOLVERS
 from rlrestore.engine.build import ENGINES
+from rlrestore.placement import check_placement
 from rlrestore.restorers.base import Restorer
 from rlrestore.sinks import check_sinks
 from rlrestore.stages import chain_times
@@ -35,7 +36,10 @@ def check_config(config: TrainConfig, algorithm: Algorithm) -> None:
     _check_choices(config)
     _check_numbers(config)
     _check_sampling(config, algorithm)
+    check_placement(config.placement)
     _check_sizes(config, algorithm)
+    _check_address(config)
+    _check_asynchrony(config, algorithm)
     if not config.rewards:
         raise ConfigError("rewards is empty: name at least one term, e.g. rewards: {nss: {weight: 1}}")
     check_guards(config, algorithm)
@@ -81,6 +85,48 @@ def check_precision(config: TrainConfig, restorer: Restorer) -> None:
         )
 
 
+def _check_asynchrony(config: TrainConfig, algorithm: Algorithm) -> None:
+    options, placement = config.asynchrony, config.placement
+    if options.ahead < 0 or not 1 <= options.truncate <= options.drop:
+        raise ConfigError(
+            f"asynchrony: ahead={options.ahead} must be 0 (off) or positive, truncate={options.truncate:g} at least 1 and "
+            f"drop={options.drop:g} no smaller"
+        )
+    if options.ahead == 0:
+        return
+    if placement.kind != "separate":
+        raise ConfigError(
+            f"asynchrony.ahead={options.ahead} needs samplers beside the trainers and placement.kind={placement.kind} has none: set "
+            "placement.kind=separate"
+        )
+    if options.ahead > placement.max_staleness:
+        raise ConfigError(
+            f"asynchrony.ahead={options.ahead} makes rollouts lag {options.ahead} version(s) and placement.max_staleness="
+            f"{placement.max_staleness} allows fewer: raise it, or lower asynchrony.ahead"
+        )
+    if options.ahead > 1 and config.curriculum.candidates > 1:
+        raise ConfigError(
+            f"asynchrony.ahead={options.ahead} draws tasks before the scores that curriculum.candidates={config.curriculum.candidates} "
+            "chooses by: set asynchrony.ahead=1 or curriculum.candidates=1"
+        )
+    if algorithm.needs.reward:
+        raise ConfigError(
+            f"algorithm.kind={config.algorithm.kind} follows the reward's gradient at its own samples and has no correction for stale "
+            "ones: set asynchrony.ahead=0"
+        )
+
+
+def _check_address(config: TrainConfig) -> None:
+    address = config.ray.address
+    if address is None or address == "auto" or re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}", address):
+        return
+    if "://" in address:
+        raise ConfigError(
+            f"ray.address={address}: the run has to be started on a node of the cluster (ray.address=auto, scripts/launch/ray_job.sh)"
+        )
+    raise ConfigError(f"ray.address={address} must be null (this machine), auto or host:port, e.g. 10.0.0.1:6379")
+
+
 def _check_gradients(config: TrainConfig) -> None:
     kind = config.algorithm.kind
     if blind := not_differentiable(Rubric(list(config.rewards.values()))):
@@ -119,6 +165,7 @@ def _check_numbers(config: TrainConfig) -> None:
     engine, budget = config.engine, config.reward_budget
     for key, value, good, wanted in (
         ("run.seed", config.run.seed, config.run.seed >= 0, "0 or positive"),
+        ("run.max_hours", config.run.max_hours, config.run.max_hours >= 0, "0 (no limit) or positive"),
         ("sampling.window_every", config.sampling.window_every, config.sampling.window_every >= 0, "0 or positive"),
         ("sampling.shift", config.sampling.shift, config.sampling.shift > 0, "positive; 1 is no shift"),
         *(

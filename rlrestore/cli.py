@@ -1,6 +1,7 @@
 """The command line. Heavy imports happen inside the commands, so that help and errors come at once.
 
-Exit codes: 0 done, 64 the input is wrong (one clear line), 69 a worker or package is missing, 70 the run failed, 130 Ctrl-C.
+Exit codes: 0 done, 64 the input is wrong (one clear line), 69 a worker or package is missing, 70 the run failed, 85 saved and
+stopped as asked (run the same command again), 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Annotated
 import typer
 
 from rlrestore.cli_data import data_app
+from rlrestore.cli_doctor import add_doctor
 from rlrestore.cli_judge import judge_app
 
-USAGE, UNAVAILABLE, FAILED, INTERRUPTED = 64, 69, 70, 130
+USAGE, UNAVAILABLE, FAILED, STOPPED, INTERRUPTED = 64, 69, 70, 85, 130
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -29,8 +31,20 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. run
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="print placement, batches, memory and commands; start nothing")] = False,
+    nodes: Annotated[
+        str | None, typer.Option(help="with --dry-run: the cluster, e.g. 2x64c8g,1x32c (COUNTxCPUSc[GPUSg])")
+    ] = None,
+) -> None:
     """RL post-training. Resumes by itself from the run's newest complete checkpoint (run.resume=never starts anew)."""
+    if dry_run:
+        from rlrestore.commands.dry_run import run_dry
+
+        _guard(lambda: run_dry(config, overrides or [], nodes))
+        return
     from rlrestore.commands.train import run_train
 
     _guard(lambda: run_train(config, overrides or []))
@@ -126,6 +140,7 @@ def cache_prompts(
     _guard(lambda: run_cache_prompts(weights, target, prompt, for_type or [], revision, kind))
 
 
+add_doctor(app, lambda command: _guard(command))
 app.add_typer(data_app(lambda command: _guard(command)), name="data")
 app.add_typer(judge_app(lambda command: _guard(command)), name="judge")
 
@@ -139,12 +154,16 @@ def main() -> None:
 def _guard(command: Callable[[], None]) -> None:
     """Turn what a user can mend into one line and an exit code; anything else keeps its traceback."""
     from rlrestore.errors import UNAVAILABLE_ERRORS, USER_ERRORS, known_failures
+    from rlrestore.stopping import StopRequested
 
     try:
         command()
     except KeyboardInterrupt:
         print("interrupted; a run continues from its last checkpoint with the same command", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except StopRequested as stop:
+        print(f"stopped: {_line(stop)}; the same command continues", file=sys.stderr)
+        sys.exit(STOPPED)
     except USER_ERRORS as error:
         print(f"error: {_line(error)}", file=sys.stderr)
         sys.exit(USAGE)

@@ -23,6 +23,7 @@ class RunConfig:
     dir: str = "runs"
     seed: int = 0
     steps: int = 100  # optimiser-visible iterations: draw, roll out, score, credit, update
+    max_hours: float = 0.0  # save and end with exit code 85 before this much wall time, start included; 0 for no limit
     resume: str = "auto"  # auto: newest complete checkpoint of this run, if any | never | a checkpoint folder
     overwrite: bool = False  # with resume=never: delete the run directory that is there
 
@@ -121,10 +122,22 @@ class PlacementConfig:
     rank_cpus: float = 1.0  # what Ray reserves for each
     rollout_cpus: float = 1.0
     reward_cpus: float = 1.0
-    gpus: bool = False  # one GPU a trainer rank and rollout actor
+    gpus: bool = False  # a GPU, or the share below, for every trainer rank and rollout actor
+    rank_gpus: float = 1.0  # with `gpus`; shares below 1 let processes live on one GPU
+    rollout_gpus: float = 1.0
+    reward_gpus: float = 0.0  # of each reward worker, whatever `gpus` says
     max_staleness: int = 0  # versions that a rollout may lag behind the trainer
     start_timeout_s: float = 300.0  # placement, process start, engine start
     stage_timeout_s: float = 600.0  # any wait inside an iteration
+
+
+@dataclass
+class AsynchronyConfig:
+    """Rollouts sampled while earlier ones are trained on (`asynchrony.py`); `placement.max_staleness` bounds it."""
+
+    ahead: int = 0  # iterations that sampling is ahead of training, and so versions that rollouts lag; 0 is on policy
+    truncate: float = 2.0  # largest importance weight of a rollout (trajectory methods)
+    drop: float = 5.0  # rollouts whose importance is outside [1 / drop, drop] are dropped
 
 
 @dataclass
@@ -193,6 +206,7 @@ class TrainConfig:
     regularise: RegulariseConfig = field(default_factory=RegulariseConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    asynchrony: AsynchronyConfig = field(default_factory=AsynchronyConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     reward_budget: RewardBudgetConfig = field(default_factory=RewardBudgetConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -12,6 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from rewards.base import Scores
 from rlrestore.diffusion.sampling import Chain
@@ -43,6 +46,15 @@ class StageTimes:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
+@dataclass(frozen=True)
+class Flight:
+    """Rollouts that were submitted and not yet collected."""
+
+    version: int  # of the weights that sample them
+    submitted: tuple[Any, ...]  # the crew's own, a chunk each
+    latents: dict[int, Any]  # chunk -> the crew's own
+
+
 class Crew(ABC):
     ranks: int  # trainer ranks: chunks are dealt to them in contiguous runs
     samplers: int  # processes that sample
@@ -52,6 +64,23 @@ class Crew(ABC):
     @abstractmethod
     def roll_out(self, chunks: Sequence[Chunk], chain: Chain) -> Iterator[Scored]:
         """Sample from the behaviour policy and score, in the order of `chunks`; latents stay with the crew."""
+
+    def submit(self, chunks: Sequence[Chunk], chain: Chain) -> Flight:
+        """Begin `roll_out` with the weights that are published now, and return; only where samplers are processes of their own."""
+        raise NotImplementedError
+
+    def collect(self, flight: Flight) -> list[Scored]:
+        """Wait for what was submitted; its latents become those that `update` trains on."""
+        raise NotImplementedError
+
+    def importance(self, chunks: Sequence[Chunk]) -> Tensor | None:
+        """[N] how much likelier the policy makes the collected rollouts than the one that sampled them, whose place it takes in
+        their ratios; None where they are on policy, or the method has no ratios."""
+        return None
+
+    def republish(self, folder: Path, version: int) -> None:
+        """Bring the older weights that `save` kept for rollouts in flight to the samplers again."""
+        raise NotImplementedError
 
     @abstractmethod
     def generate(

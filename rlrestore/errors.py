@@ -11,6 +11,7 @@ from rlrestore.config_files import ConfigError
 from rlrestore.crew import WorkerLostError
 from rlrestore.engine.base import NonFiniteError
 from rlrestore.learner import StaleRolloutError
+from rlrestore.placement import PlacementError
 from rlrestore.weights import SyncError
 
 
@@ -22,7 +23,7 @@ class ClusterError(RuntimeError):
     """Ray cannot be reached, or the cluster lacks what the placement asks for."""
 
 
-USER_ERRORS = (ConfigError, InputError, CheckpointError)
+USER_ERRORS = (ConfigError, InputError, CheckpointError, PlacementError)
 UNAVAILABLE_ERRORS = (ClusterError,)
 
 

@@ -31,6 +31,7 @@ from rlrestore.pictures import grid
 from rlrestore.restorers.base import Restorer
 from rlrestore.restorers.colour import fixed_for_tasks
 from rlrestore.seeds import derive_seed
+from rlrestore.stopping import Stop, StopRequested
 
 
 @dataclass
@@ -45,9 +46,14 @@ class Supervised:
 
 
 def finetune(
-    config: FinetuneConfig, env: Env, restorer: Restorer, run_dir: Path, resume_from: Path | None = None
+    config: FinetuneConfig,
+    env: Env,
+    restorer: Restorer,
+    run_dir: Path,
+    resume_from: Path | None = None,
+    stop: Stop | None = None,
 ) -> Path:
-    """Train to `config.run.steps` and return the folder of the EMA weights."""
+    """Train to `config.run.steps` and return the folder of the EMA weights. StopRequested, once saved, if `stop` says so."""
     if not env.has_gt:
         raise ValueError(f"finetune needs references and env '{env.name}' has none; give gt_dir or use env.kind=photos")
     options = config.optimiser
@@ -59,6 +65,8 @@ def finetune(
     log.hparams(hyperparameters(plain(config)), ["eval/psnr_rgb/sample", "eval/psnr_rgb/mean_of_samples"])
     progress = tqdm(total=config.run.steps, initial=first, unit="step", desc=config.run.name, smoothing=0.02)
     tasks = env.held_out(config.evaluate.tasks)
+    stop = stop or Stop()
+    stop.hold(0.0)
     for step, (lq, gt) in enumerate(_batches(env, options, first, config.run.steps), start=first):
         metrics = _step(state, lq, gt, step, config)
         done = step + 1
@@ -69,8 +77,11 @@ def finetune(
         if done % config.evaluate.every == 0 or done == config.run.steps:
             with ema_weights(state):
                 _evaluate(restorer, tasks, config, log, done)
-        if done % config.checkpoint.every == 0 or done == config.run.steps:
+        why = stop.due()
+        if done % config.checkpoint.every == 0 or done == config.run.steps or why:
             _save(state, config, run_dir, done)
+        if why and done < config.run.steps:
+            raise StopRequested(f"{why}: saved after step {done} of {config.run.steps}")
     log.close()
     weights = run_dir / "weights"
     weights.mkdir(exist_ok=True)
@@ -184,7 +195,7 @@ def _evaluate(restorer: Restorer, tasks: list[Task], config: FinetuneConfig, log
         psnrs["lq"].append(_psnr(task.lq, task.gt))
         psnrs["sample"].append(torch.stack([_psnr(image, task.gt) for image in images]).mean())
         psnrs["mean_of_samples"].append(_psnr(images.mean(0), task.gt))
-        rows.append([task.lq, images[0], images[1], images.mean(0), task.gt])
+        rows.append([task.lq, images[0], images[1 % len(images)], images.mean(0), task.gt])
     log.scalars(step, {f"eval/psnr_rgb/{name}": float(torch.stack(values).mean()) for name, values in psnrs.items()})
     titles = ["LQ", "sample", "another", f"mean of {options.samples}", "GT"]
     log.image(step, "eval/samples", grid(rows[:8], titles, [task.id.split("@")[0] for task in tasks[:8]]))

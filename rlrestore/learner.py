@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from envs.types import Task
 from rlrestore.algorithms.base import Algorithm, Batch, Loss, Point, Policies
 from rlrestore.algorithms.objectives import ema_decay
+from rlrestore.anchor import importance, join_trajectories, reanchor
 from rlrestore.checkpoint import load_tensors, read_json, save_tensors, write_json_atomic
 from rlrestore.config import RegulariseConfig
 from rlrestore.diffusion.sampling import Chain
@@ -146,6 +147,26 @@ class Learner:
                     f"placement.max_staleness is {self.max_staleness}"
                 )
             self.latents[item.chunk] = item
+
+    @torch.no_grad()
+    def reanchor(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """Make the current policy the anchor of given rollouts' ratios; [B] importance of each chunk's. Collective."""
+        found = []
+        for chunk in chunks:
+            latents, condition = self.latents[chunk.index], self.sampler.condition(chunk)
+            assert latents.trajectory is not None, "only trajectory methods have ratios"
+            parts, ratios = [], []
+            for first in range(
+                0, len(chunk.rows), self.micro_batch
+            ):  # the slices of the update: its arithmetic, bit for bit
+                rows = slice(first, first + self.micro_batch)
+                before = latents.trajectory.take(rows).to(self.restorer.device)
+                anchored, log_ratio_BS = reanchor(self.policies, before, condition.take(rows))
+                parts.append(anchored.to("cpu"))
+                ratios.append(importance(log_ratio_BS, before.z_NS[0, 0].numel()).cpu())
+            self.latents[chunk.index] = replace(latents, trajectory=join_trajectories(parts))
+            found.append(torch.cat(ratios))
+        return found
 
     def update(self, request: UpdateRequest, chain: Chain) -> UpdateReport:
         """All optimiser steps of one iteration. NonFiniteError leaves weights as they were. Collective."""

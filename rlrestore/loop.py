@@ -10,7 +10,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from rewards.gates import gate_metrics
 from rewards.rubric import FailureBudget, Rubric, RubricScores
 from rlrestore.alarm import Alarm, Verdict
 from rlrestore.algorithms.base import Algorithm
+from rlrestore.asynchrony import Pipeline, correct
 from rlrestore.board import log_groups, log_histograms, matrix_picture
 from rlrestore.checkpoint import checkpoint_path, new_checkpoint, read_json, retain, set_aside, write_json_atomic
 from rlrestore.clock import Clock, bare_seconds
@@ -46,6 +47,7 @@ from rlrestore.stages import (
     rollout_chain,
     update_requests,
 )
+from rlrestore.stopping import Stop, StopRequested
 from rlrestore.types import UpdateReport
 
 
@@ -70,6 +72,10 @@ class Run:
     history: RewardHistory | None = None  # of `credit.baseline: history`
     first: int = 0  # iterations done before this process
     seconds_before: float = 0.0  # that earlier processes spent
+    stop: Stop = field(default_factory=Stop)
+
+    def __post_init__(self) -> None:
+        self.pipeline = Pipeline(self.config, self.env, self.curriculum, self.crew, self.algorithm)
 
 
 def train(run: Run) -> dict[str, MetricRow]:
@@ -84,23 +90,15 @@ def train(run: Run) -> dict[str, MetricRow]:
     if run.first == 0 and config.alarm.action == "rollback":
         _save(run, 0, clock)  # the best so far is the base
     _probe(run, clock)
+    run.stop.hold(clock.bare_iteration_s)
     done = run.first
     # closed on an error, too, so that its message has a line of its own
     with tqdm(total=config.run.steps, initial=run.first, desc=config.run.name, unit="it", smoothing=0.1) as progress:
         for iteration in range(run.first, run.first if run.alarm.ends_run else config.run.steps):
             clock.start()
-            tasks = run.curriculum.draw(run.env, iteration, groups)
+            draft, rollouts = run.pipeline.take(iteration)  # sampled and scored now, or while earlier ones trained
+            tasks, chunks = draft.tasks, draft.chunks
             levels = run.levels.of(crew, tasks)
-            chain = rollout_chain(config.sampling, seed, iteration, run.algorithm)
-            chunks = make_chunks(
-                tasks,
-                config.rollout.samples,
-                config.rollout.batch,
-                seed,
-                iteration,
-                temperature=config.sampling.temperature,
-            )
-            rollouts = list(crew.roll_out(chunks, chain))
             scores = combine(rollouts, run.rubric)
             _spend_budget(run.budget, rollouts)
             run.curriculum.learn(tasks, scores)
@@ -109,10 +107,12 @@ def train(run: Run) -> dict[str, MetricRow]:
                 scores, config.credit, groups, seed, iteration, run.history, [task.photo for task in tasks], gated
             )
             prices = run.multipliers.ascend(scores, levels.base)
+            credit = correct(credit, crew.importance(chunks), config.asynchrony)
+            run.pipeline.look_ahead(iteration)
             requests = update_requests(
                 chunks, credit, crew.ranks, config.engine.micro_batch, run.algorithm.updates, seed, iteration
             )
-            reports = crew.update(requests, chain)
+            reports = crew.update(requests, draft.chain)
             crew.publish()
 
             done = iteration + 1
@@ -122,10 +122,13 @@ def train(run: Run) -> dict[str, MetricRow]:
             _show(progress, scores)
             if _due(done, config.evaluate.every) and done < config.run.steps:
                 _evaluate(run, base, done)
-            if _due(done, config.checkpoint.every) or done == config.run.steps or _alarm_saves(run, done):
+            stop = run.stop.due()
+            if _due(done, config.checkpoint.every) or done == config.run.steps or stop or _alarm_saves(run, done):
                 _save(run, done, clock)
             if run.alarm.ends_run:
                 break
+            if stop and done < config.run.steps:
+                raise StopRequested(f"{stop}: saved after iteration {done} of {config.run.steps}")
     return _finish(run, base, clock, done)
 
 
@@ -268,6 +271,7 @@ def _save(run: Run, done: int, clock: Clock) -> None:
                 "multipliers": run.multipliers.state_dict(),
                 "alarm": run.alarm.state_dict(),
                 "seconds": clock.total_s(),
+                "flying": run.pipeline.state_dict(),
             },
         )
     keep_best = {run.alarm.best_step} if run.config.alarm.action == "rollback" else set()
@@ -280,7 +284,6 @@ def resume(run: Run) -> None:
     if folder is None:
         return
     run.crew.load(folder)
-    run.crew.publish()
     state = read_json(folder / "loop.json")
     run.first, run.seconds_before = state["iteration"], state["seconds"]
     run.budget.load_state_dict(state["budget"])
@@ -290,6 +293,10 @@ def resume(run: Run) -> None:
     run.alarm.load_state_dict(state["alarm"])
     if run.history is not None:
         run.history.load_state_dict(state["history"])
+    for iteration, version in state.get("flying", []):  # sampled again, by the weights that sampled them
+        run.crew.republish(folder, version)
+        run.pipeline.submit(iteration)
+    run.crew.publish()
 
 
 def _finish(run: Run, base: Measured, clock: Clock, done: int) -> dict[str, MetricRow]:

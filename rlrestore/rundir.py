@@ -33,8 +33,9 @@ from rlrestore.config_files import ConfigError, dump, plain
 
 # Keys that may differ between a run and its continuation: they change no arithmetic of the iterations.
 FREE_KEYS = (
-    "run.name", "run.steps", "run.resume", "run.overwrite", "run.dir", "checkpoint", "log", "ray", "evaluate.every", "alarm",
-    "placement.start_timeout_s", "placement.stage_timeout_s", "optimiser.decay", "optimiser.threads", "optimiser.data_workers",
+    "run.name", "run.steps", "run.resume", "run.overwrite", "run.dir", "run.max_hours", "checkpoint", "log", "ray",
+    "evaluate.every", "alarm", "placement.start_timeout_s", "placement.stage_timeout_s", "optimiser.decay",
+    "optimiser.threads", "optimiser.data_workers",
 )  # fmt: skip
 PACKAGES = ("torch", "diffusers", "deepspeed", "ray", "numpy", "safetensors", "pyiqa", "scipy")
 

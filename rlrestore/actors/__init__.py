@@ -15,3 +15,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_enable_open_telemetry", "0")
 os.environ.setdefault("RAY_enable_metrics_collection", "0")
+
+
+def before_ray(address: str | None) -> None:
+    """To be called before Ray is imported: a driver that joins a cluster must be reachable by its other nodes."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0" if address is None else "1"

@@ -1,4 +1,4 @@
-"""Starting or joining Ray, one placement group for the whole run, and waits that end.
+"""Starting or joining Ray, placement groups for the whole run, and waits that end.
 
 A local Ray listens on loopback with a token of its own. Every wait has a limit; its message says what was awaited and,
 for a placement that does not fit, what was asked for and what the cluster has.
@@ -8,39 +8,55 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
+import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, without stubs
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlrestore.actors.joining import check_nodes, join
 from rlrestore.config import PlacementConfig, RayConfig
 from rlrestore.crew import WorkerLostError
 from rlrestore.errors import ClusterError
+from rlrestore.placement import Node, amounts, lacking, pools, total
 
 
-def start_ray(config: RayConfig, cpus_needed: float) -> None:
+def start_ray(config: RayConfig, cpus_needed: float, start_timeout_s: float = 300.0) -> None:
     """Join `config.address`, or start Ray here with as many logical CPUs as the placement asks for."""
     if ray.is_initialized():
         return
-    common: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         if config.address is not None:
-            common.pop("include_dashboard")
-            ray.init(address=config.address, **common)
+            address = config.address
+            join(address, lambda: ray.init(address=address, **common))
+            check_nodes(start_timeout_s)
             return
         _new_token()
         ray.init(
+            address="local",  # without it Ray would join a cluster that it finds on this machine
             num_cpus=max(os.cpu_count() or 1, int(cpus_needed + 0.999)),
             object_store_memory=config.object_store_mb * 2**20,
+            include_dashboard=False,
             **common,
         )
+    except ClusterError:
+        ray.shutdown()
+        raise
     except Exception as error:  # Ray raises bare ones, e.g. when its node does not start within 30 s
-        where = config.address or "this machine"
-        raise ClusterError(f"Ray cannot be {'joined' if config.address else 'started'} at {where}: {error}") from error
+        raise ClusterError(f"Ray cannot be started on this machine: {error}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own in place, which ends the process
 
 
 def _new_token() -> None:
@@ -50,45 +66,74 @@ def _new_token() -> None:
         Config.initialize("")
 
 
-def reserve(placement: PlacementConfig) -> PlacementGroup:
-    """Bundles in the order trainers, rollout actors, reward workers. ClusterError if they do not fit in time."""
-    bundles = bundle_list(placement)
-    group = placement_group(bundles, strategy="PACK")
+@dataclass(frozen=True)
+class Reservation:
+    """A placement group a pool. `trainers` holds bundle indices in rank order: those of one node side by side."""
+
+    groups: dict[str, PlacementGroup]
+    trainers: list[int]
+
+    def peers(self, pool: str) -> list[int]:
+        """For each process of a pool: how many trainers or samplers work at the same time on its node, itself included."""
+        nodes = {
+            name: list(bundle_nodes(self.groups[name]).values()) for name in self.groups if name != "reward workers"
+        }
+        homes = bundle_nodes(self.groups[pool])
+        return [max(each.count(homes[index]) for each in nodes.values()) for index in sorted(homes)]
+
+    def release(self) -> None:
+        for group in self.groups.values():
+            remove_placement_group(group)
+
+
+def reserve(placement: PlacementConfig) -> Reservation:
+    """Room for every pool, within start_timeout_s together. ClusterError that says what is lacking, with nothing kept."""
+    deadline = time.monotonic() + placement.start_timeout_s
+    groups: dict[str, PlacementGroup] = {}
+    wanted = pools(placement)
+    before = free_nodes()
     try:
-        ray.get(group.ready(), timeout=placement.start_timeout_s)
+        for pool in wanted:
+            groups[pool.name] = placement_group(pool.bundles, strategy=pool.strategy)
+            ray.get(groups[pool.name].ready(), timeout=max(0.0, deadline - time.monotonic()))
     except GetTimeoutError as error:
-        remove_placement_group(group)
-        wanted = {key: sum(bundle.get(key, 0) for bundle in bundles) for key in ("CPU", "GPU")}
+        Reservation(groups, []).release()
+        everything = [Node(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        lack = lacking(wanted, everything)
+        because = lack or f"busy with other work: {lacking(wanted, before) or pool.name + ' were not placed'}"
         raise ClusterError(
-            f"the cluster did not give {wanted} within {placement.start_timeout_s:g} s; it has {_short(ray.cluster_resources())}, "
-            f"free now {_short(ray.available_resources())}. Lower placement.ranks, rollout_actors or reward_workers, or add nodes"
+            f"the cluster did not give {amounts(total(wanted))} within {placement.start_timeout_s:g} s: {because}. It has "
+            f"{amounts(ray.cluster_resources())} on {len(everything)} node(s), free now {amounts(ray.available_resources())}. "
+            "Lower placement.ranks, rollout_actors or reward_workers, or add nodes"
         ) from error
-    return group
+    return Reservation(groups, node_order(groups["trainer ranks"], range(placement.ranks)))
 
 
-def bundle_list(placement: PlacementConfig) -> list[dict[str, float]]:
-    gpu = {"GPU": 1.0} if placement.gpus else {}
-    rollout = placement.rollout_actors if placement.kind == "separate" else 0
-    return (
-        [{"CPU": placement.rank_cpus, **gpu} for _ in range(placement.ranks)]
-        + [{"CPU": placement.rollout_cpus, **gpu} for _ in range(rollout)]
-        + [{"CPU": placement.reward_cpus} for _ in range(placement.reward_workers)]
-    )
+def free_nodes() -> list[Node]:
+    """What each node that is alive has free."""
+    free = available_resources_per_node()
+    return [Node(node_id, resources) for node_id, resources in free.items()]
+
+
+def bundle_nodes(group: PlacementGroup) -> dict[int, str]:
+    """Node id by bundle index."""
+    return dict(ray.util.placement_group_table(group)["bundles_to_node_id"])
 
 
 def node_order(group: PlacementGroup, indices: Sequence[int]) -> list[int]:
     """Bundle indices with those of one node side by side: Ray may spread them in any order."""
-    nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    nodes = bundle_nodes(group)
     return sorted(indices, key=lambda index: (nodes[index], index))
 
 
-def spawn(worker_class: type, group: PlacementGroup, bundle: int, cpus: float, gpus: float) -> Any:
-    """An actor in one bundle; never restarted behind our back, because a restarted one has lost its weights."""
+def spawn(worker_class: type, group: PlacementGroup, bundle: int) -> Any:
+    """An actor that fills one bundle; never restarted behind our back, because a restarted one has lost its weights."""
+    each = group.bundle_specs[bundle]
     return (
         ray.remote(worker_class)
         .options(
-            num_cpus=cpus,
-            num_gpus=gpus,
+            num_cpus=each.get("CPU", 0.0),
+            num_gpus=each.get("GPU", 0.0),
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -133,7 +178,3 @@ def _death_among(refs: Any, patience_s: float = 10.0) -> RayActorError | None:
         except Exception:
             continue
     return None
-
-
-def _short(resources: dict[str, float]) -> dict[str, float]:
-    return {key: resources.get(key, 0.0) for key in ("CPU", "GPU")}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,15 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+import torch
+from torch import Tensor
 
 from rewards.base import Scores
 from rewards.rubric import TermConfig
-from rlrestore.actors.cluster import bundle_list, fetch, node_order, remove_placement_group, reserve, spawn, start_ray
+from rlrestore.actors.cluster import fetch, reserve, spawn, start_ray
 from rlrestore.actors.rewards import RewardPool
 from rlrestore.actors.workers import RewardWorker, RolloutWorker, TrainerWorker
 from rlrestore.config import PlacementConfig, RayConfig
-from rlrestore.crew import Crew, Scored, StageTimes, deal
+from rlrestore.crew import Crew, Flight, Scored, StageTimes, deal
 from rlrestore.diffusion.sampling import Chain
+from rlrestore.placement import pools, total
 from rlrestore.types import Chunk, Images, ProbeReport, UpdateReport, UpdateRequest
 from rlrestore.weights import Published, SyncError
 
@@ -43,7 +45,10 @@ class RayCrew(Crew):
         placement: PlacementConfig,
         ray_config: RayConfig,
         times: StageTimes,
+        ahead: int = 0,
+        corrects: bool = False,
     ):
+        """`ahead`: iterations that may be in flight; `corrects`: stale rollouts have ratios, which need a new anchor."""
         self.placement, self.times = placement, times
         self.reward_names, self.all_names = tuple(reward_names), tuple(terms)
         self.ranks = placement.ranks
@@ -51,10 +56,15 @@ class RayCrew(Crew):
         self.samplers = placement.rollout_actors if self.separate else placement.ranks
         self.limit_s = placement.stage_timeout_s
         self.version = -1  # of the published weights
-        self.latents: dict[int, Any] = {}  # chunk -> ref, of `separate`
+        self.latents: dict[int, Any] = {}  # chunk -> ref, of `separate`; none once the trainers hold them
+        self.ahead, self.corrects = ahead, corrects
+        self.collected_version = 0  # of the weights that sampled `latents`
+        self.history: dict[int, list[Any]] = {}  # version -> refs of its buckets, as far back as rollouts in flight
+        self.arriving: list[tuple[Published, list[Any]]] = []  # buckets on their way to the samplers, and their answers
+        self.next_key = 0  # of a chunk at the reward workers
         self.owns_ray = not ray.is_initialized()  # who started Ray ends it
-        start_ray(ray_config, sum(bundle["CPU"] for bundle in bundle_list(placement)))
-        self.group = reserve(placement)
+        start_ray(ray_config, total(pools(placement))["CPU"], placement.start_timeout_s)
+        self.reservation = reserve(placement)
         try:
             self._start(recipe, terms)
         except BaseException:
@@ -63,27 +73,29 @@ class RayCrew(Crew):
 
     def _start(self, recipe: LearnerRecipe, terms: Mapping[str, TermConfig]) -> None:
         placement, start_s = self.placement, self.placement.start_timeout_s
-        gpus, world = float(placement.gpus), placement.ranks
-        threads = placement.threads or max(1, (os.cpu_count() or 1) // max(world, self.samplers))
-        order = node_order(self.group, range(world))
-        self.trainers = [spawn(TrainerWorker, self.group, bundle, placement.rank_cpus, gpus) for bundle in order]
+        world, groups = placement.ranks, self.reservation.groups
+        self.trainers = [spawn(TrainerWorker, groups["trainer ranks"], bundle) for bundle in self.reservation.trainers]
         self.rollouts = [
-            spawn(RolloutWorker, self.group, world + index, placement.rollout_cpus, gpus)
+            spawn(RolloutWorker, groups["rollout actors"], index)
             for index in range(self.samplers if self.separate else 0)
         ]
-        first_reward = world + len(self.rollouts)
         self.rewards = RewardPool(
-            lambda index: spawn(RewardWorker, self.group, first_reward + index, placement.reward_cpus, 0.0),
+            lambda index: spawn(RewardWorker, groups["reward workers"], index),
             placement.reward_workers, terms, 1, start_s,
         )  # fmt: skip
         address, port = fetch(self.trainers[0].address.remote(), start_s, "the start of trainer rank 0")
+        peers = self.reservation.peers("trainer ranks")
         starting = [
-            trainer.setup.remote(recipe, rank, world, address, port, threads, self.limit_s)
-            for rank, trainer in enumerate(self.trainers)
-        ] + [
-            rollout.setup.remote(recipe.restorer, recipe.trainable, threads, recipe.options.precision)
-            for rollout in self.rollouts
+            trainer.setup.remote(recipe, rank, world, address, port, placement.threads, peers[bundle], self.limit_s)
+            for rank, (trainer, bundle) in enumerate(zip(self.trainers, self.reservation.trainers, strict=True))
         ]
+        if self.separate:
+            starting += [
+                rollout.setup.remote(
+                    recipe.restorer, recipe.trainable, placement.threads, peers, recipe.options.precision
+                )
+                for rollout, peers in zip(self.rollouts, self.reservation.peers("rollout actors"), strict=True)
+            ]
         fetch(starting, start_s, "the start of trainers and rollout workers (placement.start_timeout_s)")
         fetch(self.rewards.ready, start_s, "the start of reward workers (placement.start_timeout_s)")
         self.publish()
@@ -92,19 +104,28 @@ class RayCrew(Crew):
 
     def roll_out(self, chunks: Sequence[Chunk], chain: Chain) -> Iterator[Scored]:
         self.latents.clear()
+        yield from self.collect(self.submit(chunks, chain))
+
+    def submit(self, chunks: Sequence[Chunk], chain: Chain) -> Flight:
         chain_ref = ray.put(chain)
-        submitted = []
+        submitted, latents = [], {}
         for worker, share in enumerate(deal(len(chunks), self.samplers)):
             for index in share:
                 chunk_ref = ray.put(chunks[index])
                 if self.separate:
-                    images_ref, self.latents[chunks[index].index] = (
+                    images_ref, latents[chunks[index].index] = (
                         self.rollouts[worker].sample.options(num_returns=2).remote(chunk_ref, chain_ref, self.version)
                     )
                 else:
                     images_ref = self.trainers[worker].sample.remote(chunk_ref, chain_ref)
                 submitted.append((chunks[index], chunk_ref, images_ref))
-        yield from self._score(submitted, self.reward_names, self.samplers)
+        return Flight(self.version, self._queue(submitted, self.reward_names, self.samplers), latents)
+
+    def collect(self, flight: Flight) -> list[Scored]:
+        self._confirm(flight.version)
+        scored = self._gather(flight.submitted)
+        self.latents, self.collected_version = dict(flight.latents), flight.version
+        return scored
 
     def generate(
         self, chunks: Sequence[Chunk], chain: Chain, which: str, names: Sequence[str] | None = None
@@ -124,39 +145,58 @@ class RayCrew(Crew):
             # An adapter under ZeRO-3 is asked by all ranks or by none: who has fewer chunks samples one for nobody.
             for _ in range(max(map(len, shares)) - len(share)):
                 idle.append(self.trainers[worker].sample_with.remote(chunks[0], chain_ref, which))
-        yield from self._score(submitted, self.all_names if names is None else names, self.ranks)
+        yield from self._gather(self._queue(submitted, self.all_names if names is None else names, self.ranks))
         fetch(idle, self.limit_s, "sampling beside the others")
 
     def score(self, chunks: Sequence[Chunk], images: Sequence[Images], names: Sequence[str]) -> list[dict[str, Scores]]:
-        for key, (chunk, item) in enumerate(zip(chunks, images, strict=True)):
-            self.rewards.submit(key, chunk, ray.put(chunk), ray.put(item), names)
-        return [self.rewards.collect(key) for key in range(len(chunks))]
+        sent = [(chunk, ray.put(chunk), ray.put(item)) for chunk, item in zip(chunks, images, strict=True)]
+        return [self.rewards.collect(key) for key, _, _ in self._queue(sent, names, 1)]
 
-    def _score(
+    def _queue(
         self, submitted: Sequence[tuple[Chunk, Any, Any]], names: Sequence[str], samplers: int
-    ) -> Iterator[Scored]:
-        """Queue on reward workers in the order in which the samplers finish (round by round), yield in chunk order."""
+    ) -> tuple[tuple[int, Chunk, Any], ...]:
+        """To the reward workers in the order in which `samplers` finish (round by round); (key, chunk, images) in chunk order."""
+        workers = len(self.rewards.workers)
+        first = -(-self.next_key // workers) * workers  # whichever iteration: a chunk's worker follows from its place
+        self.next_key = first + len(submitted)
+        for place in _round_robin(deal(len(submitted), samplers)):
+            chunk, chunk_ref, images_ref = submitted[place]
+            self.rewards.submit(first + place, chunk, chunk_ref, images_ref, names)
+        return tuple((first + place, chunk, images_ref) for place, (chunk, _, images_ref) in enumerate(submitted))
+
+    def _gather(self, queued: Sequence[tuple[int, Chunk, Any]]) -> list[Scored]:
         start = time.perf_counter()
-        for key in _round_robin(deal(len(submitted), samplers)):
-            chunk, chunk_ref, images_ref = submitted[key]
-            self.rewards.submit(key, chunk, chunk_ref, images_ref, names)
-        ready = [fetch(images_ref, self.limit_s, f"sampling chunk {chunk.index}") for chunk, _, images_ref in submitted]
+        ready = [fetch(images_ref, self.limit_s, f"sampling chunk {chunk.index}") for _, chunk, images_ref in queued]
         sampled = time.perf_counter()
         scored = [
             Scored(chunk, images, self.rewards.collect(key))
-            for key, ((chunk, _, _), images) in enumerate(zip(submitted, ready, strict=True))
+            for (key, chunk, _), images in zip(queued, ready, strict=True)
         ]
         self.times.add("sample", sampled - start)
         self.times.add("score", time.perf_counter() - sampled)  # what sampling did not hide
-        yield from scored
+        return scored
 
     # -- training and weights ----------------------------------------------------------------------------------------
+
+    def importance(self, chunks: Sequence[Chunk]) -> Tensor | None:
+        if not self.corrects or self.collected_version == self.version:
+            return None
+        start = time.perf_counter()
+        shares = [[chunks[index] for index in share] for share in deal(len(chunks), self.ranks)]
+        refs = [
+            trainer.reanchor.remote(share, *(self.latents[chunk.index] for chunk in share))
+            for trainer, share in zip(self.trainers, shares, strict=True)
+        ]
+        found = fetch(refs, self.limit_s, "the importance of rollouts")
+        self.latents.clear()
+        self.times.add("reanchor", time.perf_counter() - start)
+        return torch.cat([values for share in found for values in share])
 
     def update(self, requests: Sequence[UpdateRequest], chain: Chain) -> list[UpdateReport]:
         start = time.perf_counter()
         refs = []
         for trainer, request in zip(self.trainers, requests, strict=True):
-            latents = [self.latents[chunk.index] for chunk in request.chunks] if self.separate else []
+            latents = [self.latents[chunk.index] for chunk in request.chunks] if self.latents else []
             refs.append(trainer.update.remote(request, chain, *latents))
         reports = fetch(refs, self.limit_s, f"the update of iteration {requests[0].iteration}")
         self.latents.clear()
@@ -168,34 +208,62 @@ class RayCrew(Crew):
             return
         start = time.perf_counter()
         first = self._publish(0)
-        rest = [self._publish(bucket) for bucket in range(1, first.buckets)]
-        sha256 = hashlib.sha256("".join(part.sha256 for part in (first, *rest)).encode()).hexdigest()
-        moved = first.version > self.version >= 0
-        self.unchanged = self.unchanged + 1 if moved and sha256 == self.weights_sha else 0
+        parts = [first, *(self._publish(bucket) for bucket in range(1, first.buckets))]
+        moved, before = first.version > self.version >= 0, self.weights_sha
+        self._serve(parts)
+        self.unchanged = self.unchanged + 1 if moved and self.weights_sha == before else 0
         if self.unchanged:
             warnings.warn(
                 f"{self.unchanged} update(s) in a row changed no published weight (version {first.version}): all groups were "
                 "dropped, the learning rate is 0, or nothing that is published is trained",
                 stacklevel=2,
             )
-        self.version, self.weights_sha = first.version, sha256
         self.times.add("publish", time.perf_counter() - start)
 
+    def republish(self, folder: Path, version: int) -> None:
+        blobs = [path.read_bytes() for path in sorted(folder.glob(f"{_behind(version)}_*.safetensors"))]
+        parts = [
+            Published(
+                version, hashlib.sha256(blob).hexdigest(), blob, bucket, len(blobs)
+            )  # the manifest vouched for the files
+            for bucket, blob in enumerate(blobs)
+        ]
+        for part in parts:
+            self._send(ray.put(part), part)
+        self._serve(parts)
+
     def _publish(self, bucket: int) -> Published:
-        """From the ranks to the rollout workers, through the object store; what arrived is compared with what was sent."""
+        """From the ranks to the rollout workers, through the object store."""
         refs = [trainer.publish.remote("behaviour", bucket) for trainer in self.trainers]
         published = fetch(refs[0], self.limit_s, "gathering weights")
         fetch(refs[1:], self.limit_s, "gathering weights")
-        answers = fetch(
-            [worker.receive.remote(refs[0]) for worker in self.rollouts], self.limit_s, "publishing weights"
-        )
-        for version, sha256 in answers:
-            if (version, sha256) != (published.version, published.sha256):
-                raise SyncError(
-                    f"a rollout worker holds version {version} ({sha256[:16]}) after version {published.version} "
-                    f"({published.sha256[:16]}) was published"
-                )
-        return published
+        self._send(refs[0], published)
+        if not self.ahead:  # otherwise the samplers are busy: they are asked once their rollouts are collected
+            self._confirm(published.version)
+        return replace(published, blob=b"")
+
+    def _send(self, ref: Any, published: Published) -> None:
+        self.arriving.append((replace(published, blob=b""), [worker.receive.remote(ref) for worker in self.rollouts]))
+        if self.ahead:
+            before = self.history.get(published.version, []) if published.bucket else []
+            self.history[published.version] = [*before, ref]
+
+    def _serve(self, parts: Sequence[Published]) -> None:
+        """From now on rollouts are sampled by these weights."""
+        self.version = parts[0].version
+        self.weights_sha = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+        self.history = {v: refs for v, refs in self.history.items() if v >= self.version - self.ahead}
+
+    def _confirm(self, version: int) -> None:
+        """What arrived, up to `version`, is compared with what was sent. Samplers do one thing after the other."""
+        while self.arriving and self.arriving[0][0].version <= version:
+            published, answers = self.arriving.pop(0)
+            for held, sha256 in fetch(answers, self.limit_s, "publishing weights"):
+                if (held, sha256) != (published.version, published.sha256):
+                    raise SyncError(
+                        f"a rollout worker holds version {held} ({sha256[:16]}) after version {published.version} "
+                        f"({published.sha256[:16]}) was published"
+                    )
 
     def probe(self, chunk: Chunk, chain: Chain) -> list[ProbeReport]:
         trainers = fetch(
@@ -212,6 +280,10 @@ class RayCrew(Crew):
 
     def save(self, folder: Path) -> None:
         fetch([trainer.save.remote(str(folder.resolve())) for trainer in self.trainers], self.limit_s, "saving")
+        for version, refs in self.history.items():
+            if version != self.version:
+                for bucket, published in enumerate(fetch(refs, self.limit_s, "saving weights that still sample")):
+                    (folder / f"{_behind(version)}_{bucket:04d}.safetensors").write_bytes(published.blob)
 
     def load(self, folder: Path) -> None:
         fetch(
@@ -228,9 +300,14 @@ class RayCrew(Crew):
         with contextlib.suppress(Exception):  # a crew that is already broken must still be taken down
             ray.get([trainer.close.remote() for trainer in getattr(self, "trainers", [])], timeout=10)
         with contextlib.suppress(Exception):
-            remove_placement_group(self.group)
+            self.reservation.release()
         if self.owns_ray:
             ray.shutdown()
+
+
+def _behind(version: int) -> str:
+    """Files of a checkpoint with older weights, by which rollouts in flight are sampled."""
+    return f"sampling_{version:06d}"
 
 
 def _round_robin(shares: Sequence[range]) -> list[int]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rewards.base import Scores
     from rewards.rubric import TermConfig
     from rlrestore.diffusion.sampling import Chain
@@ -16,13 +18,14 @@ if TYPE_CHECKING:
     from rlrestore.weights import Published
 
 
-def _quiet_threads(threads: int) -> None:
+def _quiet_threads(threads: int, peers: int = 1) -> None:
+    """`threads` of torch; 0 shares this node's cores with its `peers`, which work at the same time."""
     from rlrestore.quiet import quiet
 
     quiet()
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // peers))
 
 
 class TrainerWorker:
@@ -36,9 +39,11 @@ class TrainerWorker:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
-    def setup(self, recipe: Any, rank: int, world: int, address: str, port: int, threads: int, timeout_s: float) -> int:
+    def setup(
+        self, recipe: Any, rank: int, world: int, address: str, port: int, threads: int, peers: int, timeout_s: float
+    ) -> int:
         """Join the group and build the learner; returns the number of trainable parameters."""
-        _quiet_threads(threads)
+        _quiet_threads(threads, peers)
         from rlrestore.engine.group import join_group
 
         if world > 1 or recipe.engine == "deepspeed":
@@ -57,6 +62,10 @@ class TrainerWorker:
 
     def publish(self, which: str, bucket: int) -> Published | None:
         return self.learner.publish(which, bucket)
+
+    def reanchor(self, chunks: Sequence[Chunk], *latents: Latents) -> list[Tensor]:
+        self.learner.give(latents)
+        return self.learner.reanchor(chunks)
 
     def update(self, request: UpdateRequest, chain: Chain, *latents: Latents) -> UpdateReport:
         self.learner.give(latents)
@@ -81,9 +90,11 @@ class TrainerWorker:
 class RolloutWorker:
     """A restorer with a copy of the weights. It refuses to serve a version that it does not hold."""
 
-    def setup(self, restorer: Any, trainable: Sequence[str], threads: int, precision: str = "float32") -> None:
+    def setup(
+        self, restorer: Any, trainable: Sequence[str], threads: int, peers: int, precision: str = "float32"
+    ) -> None:
         """`precision`: the engine's, so that this copy computes as the trainers' network does."""
-        _quiet_threads(threads)
+        _quiet_threads(threads, peers)
         import torch
 
         from rlrestore.build import best_device, build_restorer

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from envs.base import Env
 from rlrestore.alarm import alarm_lines
 from rlrestore.build import build_run, check_parts, load_train_config
 from rlrestore.config import TrainConfig
@@ -13,13 +14,20 @@ from rlrestore.evaluate import MetricRow, caveats, constraint_lines, table
 from rlrestore.loop import Run, train
 from rlrestore.quiet import quiet
 from rlrestore.rundir import RunDir, now, open_run
+from rlrestore.stopping import Stop, StopRequested
 
 
 def run_train(config_path: Path, overrides: list[str]) -> None:
     quiet()
     config = load_train_config(config_path, overrides)
+    stop = Stop(config.run.max_hours)
     env = check_parts(config)
     folder = open_run(config.run, config)
+    with stop.listening():
+        _train(config, env, folder, stop)
+
+
+def _train(config: TrainConfig, env: Env, folder: RunDir, stop: Stop) -> None:
     try:
         if how := _finished(folder, config):
             print(f"{folder.path} is complete: {how}")
@@ -29,17 +37,19 @@ def run_train(config_path: Path, overrides: list[str]) -> None:
         print(
             f"starting {config.placement.kind} placement, {config.engine.kind} engine; log: {folder.path}", flush=True
         )
-        run = build_run(config, folder, env)
+        run = build_run(config, folder, env, stop)
     except BaseException:
         folder.discard_if_empty()
         raise
     try:
         rows = train(run)
     except BaseException as error:
-        folder.write_facts(exit=f"{type(error).__name__}: {error}", stopped=now())
+        kind = "stopped" if isinstance(error, StopRequested) else type(error).__name__
+        folder.write_facts(exit=f"{kind}: {error}", stopped=now())
         raise
     finally:
         run.crew.close()
+        run.log.close()
         folder.close()
     folder.write_facts(stopped=now())
     _print_table(run, rows)

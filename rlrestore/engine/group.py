@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from rlrestore.engine.network import use_interface_towards
+
 
 def join_group(rank: int, world: int, address: str, port: int, timeout_s: float, local_rank: int = 0) -> None:
     """Collective over `world` processes; every collective in it fails after `timeout_s`. An existing membership is kept."""
@@ -27,6 +29,7 @@ def join_group(rank: int, world: int, address: str, port: int, timeout_s: float,
         torch.cuda.set_device(local_rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not ipaddress.ip_address(address).is_loopback:
+        use_interface_towards(address)
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
         return
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
