@@ -18,6 +18,7 @@ import typer
 from rlrestore.cli_data import data_app
 from rlrestore.cli_doctor import add_doctor
 from rlrestore.cli_judge import judge_app
+from rlrestore.cli_plan import add_plan
 
 USAGE, UNAVAILABLE, FAILED, STOPPED, INTERRUPTED = 64, 69, 70, 85, 130
 
@@ -142,6 +143,7 @@ def cache_prompts(
 
 add_doctor(app, lambda command: _guard(command))
 app.add_typer(data_app(lambda command: _guard(command)), name="data")
+add_plan(app, lambda command: _guard(command))
 app.add_typer(judge_app(lambda command: _guard(command)), name="judge")
 
 

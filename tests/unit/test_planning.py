@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
+import yaml
 
+from rlrestore.cli import app
+from rlrestore.config_files import read_yaml
+from rlrestore.planning.memory import Copies, Network, Sharding
+from rlrestore.planning.needs import checkpoint_bytes, cost, in_flight, run_seconds, traffic
+from rlrestore.planning.past_run import constants_of
 from rlrestore.planning.pipeline import (
     Pipeline,
     all_reduce_s,
@@ -15,8 +23,13 @@ from rlrestore.planning.pipeline import (
     samplers_to_feed,
     workers_to_hide,
 )
+from rlrestore.planning.plan import verdict
+from rlrestore.planning.probe import line_through
+from rlrestore.planning.published import checks, dit_forward_flops, published_table
+from rlrestore.planning.scaling import at_size, stops_at, sweep
 from rlrestore.planning.simulate import PARTS, simulate, without
 from rlrestore.planning.workload import Bytes, Cluster, Constants, Cost, Workload
+from tests.tiny import write_tiny
 
 # 8 groups of 8 in chunks of 16: 4 chunks. Sampling 1 + 16 / 4 = 5 s a chunk, a micro-batch of 16 takes 2 s a point.
 WORK = Workload(
@@ -128,3 +141,190 @@ def test_stragglers_cost_at_the_barrier() -> None:
 def test_no_part_makes_it_slower_to_have_it_for_free(part: str) -> None:
     pipe = pipe_of(WORK, CONSTANTS, Cluster(nodes=2, per_node=1))
     assert simulate(without(pipe, part)).iteration_s <= simulate(pipe).iteration_s + 1e-9
+
+
+# -- scaling -------------------------------------------------------------------------------------------------------
+
+
+def test_strong_scaling_stops_where_there_is_nothing_left_to_deal_out() -> None:
+    """64 rollouts of 1 s each: 64 GPUs at the most have work."""
+    even = CONSTANTS.replace(sample=Cost(0.0, 1.0), step_s=0.0, score=Cost(), draw_s=0.0, driver_s=0.0)
+    rows = sweep(WORK.replace(kind="colocated", ranks=1), even, FREE, weak=False, largest=256)
+    at = {row.gpus: row for row in rows}
+    assert at[64].efficiency == pytest.approx(1, rel=1e-6)
+    assert at[128].images_per_s == pytest.approx(at[64].images_per_s)
+    last = stops_at(rows)
+    assert last is not None and last.gpus == 64
+    assert at[128].bottleneck in ("sampling", "training")
+
+
+def test_weak_scaling_stops_at_the_driver() -> None:
+    """Chunks grow with the fleet, and one driver asks for them all: four calls a chunk, here of half a second."""
+    work = WORK.replace(kind="colocated", ranks=1, tasks_drawn=8)
+    rows = sweep(work, CONSTANTS.replace(draw_s=0.0), dataclasses.replace(FREE, call_s=0.5, per_node=8), True, 64)
+    assert rows[-1].bottleneck == "driver"
+    assert rows[-1].efficiency < 0.5 < rows[1].efficiency
+    assert "driver" in verdict(work, tuple(rows))
+
+
+def test_separate_keeps_its_ratio() -> None:
+    sized, cluster = at_size(WORK.replace(ranks=1, rollout_actors=3), Cluster(per_node=8), 16, 2, weak=True)
+    assert (sized.ranks, sized.rollout_actors, sized.groups, cluster.nodes) == (4, 12, 32, 2)
+
+
+# -- bytes, files, money -------------------------------------------------------------------------------------------
+
+
+def test_traffic_by_hand() -> None:
+    lines = {line.name: line.value for line in traffic(WORK)}
+    # groups of 8 in chunks of 16: no group is cut, so 8 tasks travel
+    assert lines["tasks to samplers and rewards"] == 8 * 1000
+    assert lines["images to rewards"] == 64 * 100
+    assert lines["latents to trainers"] == 64 * 50
+    assert lines["weights to samplers"] == 2 * 4000
+    assert lines["object store"] == 8000 + 6400 + 3200 + 8000
+    cut = {line.name: line.value for line in traffic(WORK.replace(chunk_rows=4))}
+    assert cut["tasks to samplers and rewards"] == 16 * 1000  # every group lies in two chunks
+    assert in_flight(WORK.replace(staleness=2)) == 3 * (8000 + 6400 + 3200 + 4000)
+
+
+def test_checkpoint_by_hand() -> None:
+    """1,000 parameters, all trained in float32; DeepSpeed ZeRO-1 keeps master weights beside them."""
+    network = Network(parameters=1000, trained=1000, lora=False)
+    torch_total = checkpoint_bytes(network, Sharding("torch"), Copies())[-1].value
+    assert torch_total == 12_000 + 4000 + 4000 + 4000  # weights and moments, EMA, base, export
+    zero = checkpoint_bytes(network, Sharding("deepspeed", 1, 2), Copies(old=True))[-1].value
+    assert zero == 16_000 + 4000 + 4000 + 4000 + 4000
+
+
+def test_run_and_cost_by_hand() -> None:
+    constants = CONSTANTS.replace(evaluation_row_s=0.5, checkpoint_s=3.0)
+    total = run_seconds(WORK, constants, 20.0)[-1].value
+    assert total == pytest.approx(10 * 20 + 2 * 32 * 0.5 / 2 + 3)
+    assert cost(16, 1800, 2.5).value == pytest.approx(20)  # 8 GPU hours
+
+
+# -- from a log ------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_gives_itself_back() -> None:
+    """Constants of a run, played on the machines of that run, take that run's time: the two lose nothing twice."""
+    seconds = {"sample": 12.0, "score": 1.0, "update": 14.0, "publish": 0.0, "rest": 0.5, "iteration": 27.5}
+    work = WORK.replace(kind="colocated")
+    cluster = Cluster(per_node=2, cores=2.0)
+    constants = constants_of(seconds, work, cluster, threads=1, source="a log")
+    played = simulate(pipeline_of(work, constants, cluster))
+    assert played.iteration_s == pytest.approx(27.5, rel=0.02)
+    assert played.sample_s == pytest.approx(12, rel=0.02)
+
+
+def test_a_line_through_two_measurements() -> None:
+    assert line_through(8, 5.0, 16, 9.0) == Cost(1.0, 0.5)
+    assert line_through(8, 5.0, 16, 4.0) == Cost(4.0, 0.0)  # noise: more rows took less
+    assert line_through(1, 5.0, 16, 100.0) == Cost(0.0, 6.25)  # noise: a negative start
+    assert line_through(4, 1.0, 4, 2.0) == Cost(0.0, 0.5)
+
+
+# -- published runs --------------------------------------------------------------------------------------------------
+
+
+def test_flops_by_hand() -> None:
+    # 2 blocks of hidden 4: 24 * 2 * 16 * 10 for the linears, 4 * 2 * 100 * 4 for attention
+    assert dit_forward_flops(2, 4, 6, 4) == 7680 + 3200
+
+
+def test_published_errors_are_what_the_table_says() -> None:
+    """Two rows of a table of six were fitted: a = 6.275 s a forward, b = 28.625 s a trained step."""
+    found = {check.run.split(" (")[0]: check for check in checks()}
+    assert found["MixGRPO, window of 5"].predicted_s == pytest.approx(20 * 6.275 + 5 * 28.625, rel=1e-3)
+    assert found["BranchGRPO"].predicted_s == pytest.approx(13.68 * (6.275 + 28.625), rel=1e-3)
+    assert found["BranchGRPO"].error == pytest.approx(477.432 / 493 - 1, abs=1e-3)
+    assert len(published_table().splitlines()) == 2 + len(checks())
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    return write_tiny(folder, "grpo")
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        app(["plan", *(str(argument) for argument in arguments)])
+    return int(stop.value.code or 0)
+
+
+def test_probe_plans_a_cluster(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = (
+        "--probe",
+        "--json",
+        "--nodes",
+        2,
+        "--gpus-per-node",
+        2,
+        "--gpu-memory",
+        24,
+        "--price",
+        2,
+        "--largest",
+        16,
+    )
+    assert call(tiny, *options) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["gpus"] == plan["work"]["ranks"] == 4
+    assert sum(plan["constants"]["sample"].values()) > 0 and plan["constants"]["score"]["row_s"] > 0
+    assert plan["simulated"]["iteration_s"] > 0
+    assert plan["chosen"]["fits"] and plan["fits"][0]["name"] == "torch"
+    assert plan["cost"]["value"] == pytest.approx(4 * plan["run"][-1]["value"] / 3600 * 2)
+    assert [row["gpus"] for row in plan["scaling"]["strong"]["rows"]] == [1, 2, 4, 8, 16]
+    assert not list(tiny.parent.glob("runs*"))  # nothing was trained or written
+
+
+def test_without_a_probe_no_time_is_claimed(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tiny) == 0
+    text = capsys.readouterr().out
+    assert "nothing is known of this config's speed" in text and "images a second" not in text
+    assert "checkpoint" in text and "peak" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--nodes", "0"], ["--nodes", "0"]),
+        (["--nodes", "200"], ["200", "1024"]),
+        (["--largest", "2000"], ["--largest", "1024"]),
+        (["--price", "-1"], ["--price"]),
+        (["--speedup", "nan"], ["--speedup"]),
+        (["--probe", "--from-run", "x"], ["one of them"]),
+        (["--from-run", "no/such/run"], ["no/such/run", "config.resolved.yaml"]),
+        (["rollout.sample=4"], ["rollout.sample"]),
+    ],
+)
+def test_what_the_user_gets_wrong(
+    tiny: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: list[str]
+) -> None:
+    assert call(tiny, *options) == 64
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert all(word in lines[0] for word in words), lines
+
+
+def test_a_plan_needs_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call() == 64
+    assert "needs a CONFIG" in capsys.readouterr().err
+
+
+def test_validate_needs_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--validate") == 0
+    assert "| BranchGRPO (FLUX, 16 H200) | calibrated | 477 | 493 | -3% |" in capsys.readouterr().out
+
+
+def test_the_log_of_another_job_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    past = read_yaml(tiny, ["env.size=64"])
+    (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump(past))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0, "time/iteration_s": 1.0}\n' * 3)
+    assert call(tiny, "--from-run", tmp_path) == 64
+    assert "env differ" in capsys.readouterr().err
