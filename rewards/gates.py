@@ -109,11 +109,12 @@ def on_oars_scale(raw: Tensor, ends: Sequence[float]) -> Tensor:
 
 
 def apply_gates(gates: Mapping[str, GateConfig], scores: RubricScores, levels: Levels, groups: int) -> Gated:
-    """All gates in order."""
+    """All gates: `oars` first, then what multiplies."""
     utility_RN, n = scores.utility_RN.clone(), len(scores.valid_N)
     penalty_N, veto_N = torch.zeros(n), torch.zeros(n, dtype=torch.bool)
     known_N = torch.ones(n, dtype=torch.bool)
     opened: dict[str, Tensor] = {}
+    open_RN: dict[int, Tensor] = {}  # row of a term -> [N] product of the gates that multiply it
     for name, gate in gates.items():
         short_N = _shortfall(name, gate, scores, levels, groups)
         known_N &= short_N.isfinite()
@@ -128,8 +129,13 @@ def apply_gates(gates: Mapping[str, GateConfig], scores: RubricScores, levels: L
         else:
             open_N = opened[name] = openness(short_N, gate.margin, gate_limit(gate, scale))
             for row in acted_on(gate, scores):
-                act = _multiply if gate.form == "multiply" else _improve
-                utility_RN[row] = act(gate, row, utility_RN[row], open_N, scores, levels, groups)
+                if gate.form == "multiply":
+                    open_RN[row] = open_RN.get(row, torch.ones(n)) * open_N
+                else:
+                    utility_RN[row] = _improve(gate, row, open_N, scores, levels, groups)
+    for row, open_N in open_RN.items():  # gates of one term multiply, whatever their order
+        utility_GK, open_GK = utility_RN[row].reshape(groups, -1), open_N.reshape(groups, -1)
+        utility_RN[row] = multiplied(utility_GK, open_GK, utility_GK.isfinite() & open_GK.isfinite()).flatten()
     return Gated(utility_RN, penalty_N, veto_N, known_N, opened)
 
 
@@ -160,19 +166,9 @@ def _level_N(name: str, gate: GateConfig, levels: Levels, groups: int, n: int) -
     return level_G.float().repeat_interleave(n // groups)
 
 
-def _multiply(
-    gate: GateConfig, row: int, utility_N: Tensor, open_N: Tensor, scores: RubricScores, levels: Levels, groups: int
-) -> Tensor:
-    shape = (groups, len(utility_N) // groups)
-    valid_GK = (utility_N.isfinite() & open_N.isfinite()).reshape(shape)
-    return multiplied(utility_N.reshape(shape), open_N.reshape(shape), valid_GK).flatten()
-
-
-def _improve(
-    gate: GateConfig, row: int, utility_N: Tensor, open_N: Tensor, scores: RubricScores, levels: Levels, groups: int
-) -> Tensor:
+def _improve(gate: GateConfig, row: int, open_N: Tensor, scores: RubricScores, levels: Levels, groups: int) -> Tensor:
     """OARS, in units of utility again, so that the term's floor keeps its meaning."""
-    lq_N = levels.lq[scores.names[row]].float().repeat_interleave(len(utility_N) // groups)
+    lq_N = levels.lq[scores.names[row]].float().repeat_interleave(len(open_N) // groups)
     quality_N, quality_lq_N = (on_oars_scale(raw_N, gate.quality) for raw_N in (scores.raw_RN[row], lq_N))
     raw_units = abs(gate.quality[1] - gate.quality[0]) / (OARS_HIGH - OARS_LOW)
     return oars(quality_N, quality_lq_N, open_N, gate.gamma) * raw_units / float(scores.scale_R[row])

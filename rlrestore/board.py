@@ -63,6 +63,12 @@ def layout(names: Sequence[str]) -> Layout:
             "latents": ["Multiline", [r"x0/latent_(mean|rms)$"]],
             "penalties": ["Multiline", [r"policy/regularise_.*"]],
         },
+        "guards": {
+            "gates open": ["Multiline", [r"gate/open/.*"]],
+            "constraints, measured and bound": ["Multiline", [r"constraint/(measured|bound)/.*"]],
+            "multipliers": ["Multiline", [r"constraint/lambda/.*"]],
+            "alarm": ["Multiline", [r"alarm/.*"]],
+        },
         "optimisation": {
             "loss": ["Multiline", [r"train/loss$"]],
             "gradient norm": ["Multiline", [r"train/grad_norm$"]],

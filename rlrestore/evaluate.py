@@ -178,7 +178,7 @@ def _constraint_row(constraint: ConstraintConfig, base: Tensor, tuned: Tensor, h
     interval = bootstrap_ci(moved.double().numpy())
     offset = base_mean if constraint.bound is None else 0.0
     low, high = interval.low + offset, interval.high + offset
-    held = low <= bound if worse_is_higher else high >= bound
+    held = not (low > bound if worse_is_higher else high < bound)  # an unknown end (one task) shows no violation
     return ConstraintRow(kind, bound, base_mean, measured, (low, high), interval.units, held)
 
 

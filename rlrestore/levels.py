@@ -109,8 +109,7 @@ class LevelKeeper:
             return {}
         chunks = [self._chunk(index, task, self.samples) for index, task in enumerate(tasks)]
         scored = list(crew.generate(chunks, self.chain, "base", self.wanted.base))
-        for part in scored:
-            self.budget.update(part.scores)
+        self._count([part.scores for part in scored], self.wanted.base)
         self._forwards = sum(part.images.forwards for part in scored)
         return {name: torch.stack([_raw(part.scores[name]) for part in scored]) for name in self.wanted.base}
 
@@ -121,9 +120,12 @@ class LevelKeeper:
         chunks = [self._chunk(index, task, 1) for index, task in enumerate(tasks)]
         images = [Images(index, to_pixels(task.lq[None]), 0.0, 0.0, 0.0, 0, 0.0) for index, task in enumerate(tasks)]
         scored = crew.score(chunks, images, self.wanted.lq)
-        for part in scored:
-            self.budget.update(part)
+        self._count(scored, self.wanted.lq)
         return {name: torch.cat([_raw(part[name]) for part in scored]) for name in self.wanted.lq}
+
+    def _count(self, scored: Sequence[Mapping[str, Scores]], names: Sequence[str]) -> None:
+        """One batch of each term, however many tasks: the budget's window is counted in batches."""
+        self.budget.update({name: Scores.cat([part[name] for part in scored]) for name in names})
 
     def _forget(self) -> None:
         """The oldest ones, and those with a score that failed: it may succeed the next time."""

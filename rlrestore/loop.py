@@ -303,8 +303,8 @@ def _finish(run: Run, base: Measured, clock: Clock, done: int) -> dict[str, Metr
     """The last evaluation and the result; of the best checkpoint, if the alarm says so."""
     config, alarm = run.config, run.alarm
     final = _evaluate(run, base, done, judge=not alarm.ends_run)
-    if alarm.ends_run and config.alarm.action == "rollback":
-        done = _roll_back(run)
+    if alarm.ends_run and config.alarm.action == "rollback" and _roll_back(run):
+        done = alarm.best_step
         final = _evaluate(run, base, done, judge=False)
     elif alarm.ends_run:
         alarm.stopped_at = done
@@ -317,13 +317,19 @@ def _finish(run: Run, base: Measured, clock: Clock, done: int) -> dict[str, Metr
     return final.rows
 
 
-def _roll_back(run: Run) -> int:
-    """Load the best checkpoint and set the later ones aside, so that it is what the run left; its step."""
-    best = run.alarm.returned_to = run.alarm.best_step
-    run.crew.load(checkpoint_path(run.folder.path, best))
-    run.crew.publish()
-    set_aside(run.folder.path, best)
-    return best
+def _roll_back(run: Run) -> bool:
+    """Load the best checkpoint and set the later ones aside, so that it is what the run left; False if it is not there.
+
+    Nothing is published: evaluation and export are the trainers', and rollout actors refuse to go back.
+    """
+    folder = checkpoint_path(run.folder.path, run.alarm.best_step)
+    if not folder.is_dir():  # alarm.action was another one when it was due
+        print(f"{folder} was not kept: the run stops where it is", file=sys.stderr)
+        return False
+    run.crew.load(folder)
+    set_aside(run.folder.path, run.alarm.best_step)
+    run.alarm.returned_to = run.alarm.best_step
+    return True
 
 
 def guards_json(

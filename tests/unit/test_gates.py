@@ -104,6 +104,19 @@ def test_multiply_against_the_base_of_the_same_photo() -> None:
     )
 
 
+def test_two_gates_on_one_term_multiply_in_either_order() -> None:
+    terms = [TermConfig("q"), TermConfig("a", role="gate"), TermConfig("b", role="gate")]
+    rubric = Rubric(terms, specs=[spec("q"), spec("a", up=False), spec("b", up=False)])
+    scores = rubric.combine({"q": rows([1.0, 3.0]), "a": rows([0.0, 0.5]), "b": rows([0.0, 0.75])})
+    gates = {
+        name: GateConfig(TermConfig(name, role="gate"), against="absolute", level=0.0, limit=1.0) for name in ("a", "b")
+    }
+    # openness .5 and .25; zero = 1 - 1 = 0, so 3 becomes 3 / 8
+    for order in (("a", "b"), ("b", "a")):
+        gated = apply_gates({name: gates[name] for name in order}, scores, Levels(), 1)
+        assert gated.utility_RN[0].tolist() == pytest.approx([1.0, 0.375])
+
+
 def test_hinge_is_priced_in_scales_beyond_the_margin() -> None:
     scores = scores_of([1.0, 2.0], [0.3, 1.0])
     # lq scores .1; shortfalls .2 and .9; margin .3: 0 and .6, which is 1.2 scales of .5; price 2
