@@ -54,7 +54,7 @@ def test_strips_show_the_best_first_and_name_what_is_masked():
     shades = torch.tensor([50, 100, 200], dtype=torch.uint8)
     pixels = shades.view(3, 1, 1, 1).expand(3, 3, 40, 40).clone()
     chunk = Chunk(0, tuple(Row(0, member, member) for member in range(3)), {0: tasks[0]})
-    rollouts = [Scored(chunk, Images(0, pixels, 0.0, 1.0, 3, 0.1), {})]
+    rollouts = [Scored(chunk, Images(0, pixels, 0.0, 1.0, 0.0, 3, 0.1), {})]
     mix = torch.tensor([0.5, NAN, 2.0])  # so the order is: shade 200, shade 50, and the masked shade 100
     scores = RubricScores(
         ("nss",), torch.tensor([[1.0, NAN, 2.0]]), mix[None], torch.ones(1), torch.ones(1), ~mix.isnan()[None],
