@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from envs.types import Task
+from rewards.registry import reward_spec
 from rewards.rubric import RubricScores
 from rlrestore.board import correlation_RR, group_strips, hyperparameters, layout, matrix_picture
 from rlrestore.config_files import ConfigError
@@ -58,7 +59,7 @@ def test_strips_show_the_best_first_and_name_what_is_masked():
     mix = torch.tensor([0.5, NAN, 2.0])  # so the order is: shade 200, shade 50, and the masked shade 100
     scores = RubricScores(
         ("nss",), torch.tensor([[1.0, NAN, 2.0]]), mix[None], torch.ones(1), torch.ones(1), ~mix.isnan()[None],
-        torch.tensor([True]), ~mix.isnan(), mix, (("", "failed", ""),),
+        torch.tensor([True]), ~mix.isnan(), mix, (("", "failed", ""),), (reward_spec("nss"),), torch.ones(1), (None,),
     )  # fmt: skip
     credit = Credit(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 1.0]), {})
     strip = (group_strips(tasks, rollouts, scores, credit) * 255).round()
@@ -69,7 +70,7 @@ def test_strips_show_the_best_first_and_name_what_is_masked():
 
 def test_every_regular_expression_of_the_layout_compiles_and_margins_are_whole():
     charts = layout(["nss"])
-    assert list(charts) == ["rewards", "fidelity", "optimisation", "throughput", "faults"]
+    assert list(charts) == ["rewards", "fidelity", "guards", "optimisation", "throughput", "faults"]
     for group in charts.values():
         for kind, tags in group.values():
             assert kind in ("Multiline", "Margin")
