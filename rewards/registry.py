@@ -15,17 +15,34 @@ from typing import Any
 from rewards.base import Reward, RewardSpec
 from rewards.composite import Composite
 from rewards.embedded_judge.reward import EmbeddedJudgeParams, JudgeHallucination, JudgeQuality
-from rewards.fidelity import Consistency, ConsistencyParams, LowFrequency, LowFrequencyParams
 from rewards.iqa import PyiqaParams, PyiqaReward
 from rewards.ll_score.reward import LLScoreHallucination, LLScoreParams, LLScoreQuality
 from rewards.naturalness import Niqe, NiqeParams, Nss, NssParams
+from rewards.penalties.colour_drift import ColourDrift, ColourDriftParams
+from rewards.penalties.consistency import Consistency, ConsistencyParams
+from rewards.penalties.face_identity import FaceIdentity, FaceIdentityParams
+from rewards.penalties.low_frequency import LowFrequency, LowFrequencyParams
+from rewards.penalties.no_op import NoOp, NoOpParams
+from rewards.penalties.semantic import Semantic, SemanticParams
+from rewards.penalties.structure import Structure, StructureParams
+from rewards.penalties.text_change import TextChange, TextChangeParams
 from rewards.reference import Gmsd, PsnrRgb, PsnrY, ReferenceParams, SsimRgb, SsimY
 from rewards.remote.reward import RemoteParams, RemoteReward
+from rewards.vlm.reward import (
+    VlmHallucination,
+    VlmParams,
+    VlmQuality,
+    VlmQualityParams,
+    VlmRemovalFidelity,
+    VlmRemovalFidelityParams,
+)
 
 ENTRY_POINTS = "rlrestore.rewards"
 REWARDS: dict[str, tuple[type, type[Reward]]] = {
+    "colour_drift": (ColourDriftParams, ColourDrift),
     "composite": (ReferenceParams, Composite),
     "consistency": (ConsistencyParams, Consistency),
+    "face_identity": (FaceIdentityParams, FaceIdentity),
     "gmsd": (ReferenceParams, Gmsd),
     "judge": (EmbeddedJudgeParams, JudgeQuality),
     "judge_hallucination": (EmbeddedJudgeParams, JudgeHallucination),
@@ -33,13 +50,20 @@ REWARDS: dict[str, tuple[type, type[Reward]]] = {
     "ll_score_hallucination": (LLScoreParams, LLScoreHallucination),
     "low_frequency": (LowFrequencyParams, LowFrequency),
     "niqe": (NiqeParams, Niqe),
+    "no_op": (NoOpParams, NoOp),
     "nss": (NssParams, Nss),
     "psnr_rgb": (ReferenceParams, PsnrRgb),
     "psnr_y": (ReferenceParams, PsnrY),
     "pyiqa": (PyiqaParams, PyiqaReward),
     "remote": (RemoteParams, RemoteReward),
+    "semantic": (SemanticParams, Semantic),
     "ssim_rgb": (ReferenceParams, SsimRgb),
     "ssim_y": (ReferenceParams, SsimY),
+    "structure": (StructureParams, Structure),
+    "text_change": (TextChangeParams, TextChange),
+    "vlm_hallucination": (VlmParams, VlmHallucination),
+    "vlm_quality": (VlmQualityParams, VlmQuality),
+    "vlm_removal_fidelity": (VlmRemovalFidelityParams, VlmRemovalFidelity),
 }
 
 

@@ -111,6 +111,25 @@ def restore(
 
 
 @app.command()
+def score(
+    source: Annotated[
+        Path, typer.Argument(metavar="JSONL|CSV|FOLDER", help="pictures: rows with image, lq, gt; or a folder")
+    ],
+    output: Annotated[Path, typer.Option(help="new JSONL file: a row a picture")],
+    reward: Annotated[list[str] | None, typer.Option(help="a reward kind, e.g. nss; may be repeated")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file whose rewards: are the mix")] = None,
+    lq: Annotated[Path | None, typer.Option(help="folder of LQs with the same names, if SOURCE is a folder")] = None,
+    gt: Annotated[Path | None, typer.Option(help="folder of references, likewise")] = None,
+    types: Annotated[str, typer.Option(help="degradation types of a folder's pictures, e.g. 'blur noise'")] = "",
+    batch: Annotated[int, typer.Option(help="pictures at a time")] = 8,
+) -> None:
+    """Any rewards, or the mix of a config, on pictures that are there. No training."""
+    from rlrestore.commands.score import run_score
+
+    _guard(lambda: run_score(source, output, reward or [], config, lq, gt, types.split(), batch))
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="a run, or a checkpoints/step_N folder")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="a folder that does not exist yet")],

@@ -47,7 +47,6 @@ WITHOUT_CONFIG: dict[str, str] = {
         ("flux2_klein", "flux_controlnet", "ldm_sr", "qwen_image_edit_plus", "sd_upscale"),
         "opened as its neighbours in docs/families.md are, and there is no published RL setting to write down",
     ),
-    "remote": "needs a server that somebody started; docs/rewards.md shows the lines",
 }
 
 NOT_LOCKED = {"face", "track"}  # extras that `make` does not install

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from envs.types import Task
-from rewards.fidelity import COLOUR_TYPES
 from rewards.filters import atrous_low_pass
+from rewards.penalties.tone import COLOUR_TYPES
 
 REACH_PX = 31  # of five passes: 1 + 2 + 4 + 8 + 16
 

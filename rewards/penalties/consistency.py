@@ -1,8 +1,6 @@
-"""Fidelity penalties that need only the LQ: low-frequency drift and consistency after re-degradation. Lower is better.
+"""`consistency`: does the result, degraded again, explain the LQ? Lower is better, 0 for a copy of the LQ.
 
-Both are 0 for a copy of the LQ: they hold a restorer back, they do not judge it. Units: mean absolute difference of [0,
-1] RGB. Colour may change for the types in `COLOUR_TYPES` (haze, low light, ...): there the LQ is first fitted to the
-result by an affine map per channel, so that a change of tone is free and a repainted region is not.
+It holds a restorer back, it does not judge it. Unit: mean absolute difference of [0, 1] RGB.
 """
 
 from __future__ import annotations
@@ -16,113 +14,8 @@ from torch import Tensor
 
 from envs.types import Restoration
 from rewards.base import ImageReward, RewardSpec, stack_images, stack_lq
-from rewards.filters import atrous_low_pass, gaussian_blur
-
-LICENCE = "own code"
-COLOUR_TYPES = frozenset({"haze", "hdr", "lowlight", "oldphoto", "underwater"})
-OCCLUSION_TYPES = frozenset({"flare", "rain", "raindrop", "reflection", "snow"})
-GRID_TYPES = frozenset({"haze"})  # the veil varies over the picture, so its tone map may too
-GRID_CELL_PX, GRID_MAX = 128, 4  # one node per 128 px: a finer grid could fit any low-pass image
-
-
-def affine_fit(source_NCHW: Tensor, target_NCHW: Tensor) -> Tensor:
-    """`a * source + b`, least squares per image and channel with a >= 0 (a negative is not a tone change).
-
-    Same shape.
-    """
-    s, t = source_NCHW.flatten(2), target_NCHW.flatten(2)
-    s_mean, t_mean = s.mean(2, keepdim=True), t.mean(2, keepdim=True)
-    var = ((s - s_mean) ** 2).mean(2, keepdim=True)
-    cov = ((s - s_mean) * (t - t_mean)).mean(2, keepdim=True)
-    gain = (cov / (var + 1e-8)).clamp_min(0)
-    return (t_mean + gain * (s - s_mean)).view_as(source_NCHW)
-
-
-def grid_nodes(height_px: int, width_px: int) -> int:
-    """Nodes per side of the tone map's grid; 1 is a global map."""
-    return max(1, min(GRID_MAX, min(height_px, width_px) // GRID_CELL_PX))
-
-
-def affine_grid_fit(source_CHW: Tensor, target_CHW: Tensor) -> Tensor:
-    """As `affine_fit` for one image, with gain and offset interpolated bilinearly on a grid of `grid_nodes`.
-
-    Ridge 1e-4. The fit is solved on every 8th pixel: both inputs are low-pass bands of sigma 13 px. [C, H, W] in, the
-    same shape out.
-    """
-    _c, h, w = source_CHW.shape
-    g = grid_nodes(h, w)
-    if g == 1:
-        return affine_fit(source_CHW[None], target_CHW[None])[0]
-    hats = F.interpolate(torch.eye(g * g).view(1, g * g, g, g), (h, w), mode="bilinear", align_corners=True)[0]
-    coarse, full = hats[:, ::8, ::8].reshape(g * g, -1).T, hats.reshape(g * g, -1).T  # [pixels, nodes]
-    fitted = []
-    for source, target in zip(source_CHW, target_CHW, strict=True):
-        s, t = source[::8, ::8].reshape(-1, 1), target[::8, ::8].reshape(-1)
-        design = torch.cat([coarse * s, coarse], dim=1).double()
-        # the ridge pulls towards the identity (gain 1, offset 0), not towards black
-        prior = torch.cat([torch.ones(g * g), torch.zeros(g * g)]).double()
-        normal = design.T @ design / len(t) + 1e-4 * torch.eye(2 * g * g, dtype=torch.float64)
-        coef = prior + torch.linalg.solve(normal, design.T @ (t.double() - design @ prior) / len(t))
-        gain, offset = coef.float().split(g * g)
-        fitted.append((source.reshape(-1) * (full @ gain) + full @ offset).view(h, w))
-    return torch.stack(fitted)
-
-
-def tone_matched(items: Sequence[Restoration], lq_N3HW: Tensor, x_N3HW: Tensor) -> Tensor:
-    """The low-passed LQ, fitted to the low-passed result where the task's types license a change of colour.
-
-    `[N, 3, H, W]`.
-    """
-    licensed = [i for i, item in enumerate(items) if COLOUR_TYPES & set(item.task.types)]
-    if not licensed:
-        return lq_N3HW
-    matched = lq_N3HW.clone()
-    for i in licensed:
-        if GRID_TYPES & set(items[i].task.types):
-            matched[i] = affine_grid_fit(lq_N3HW[i], x_N3HW[i])
-        else:
-            matched[i] = affine_fit(lq_N3HW[i : i + 1], x_N3HW[i : i + 1])[0]
-    return matched
-
-
-@dataclass(frozen=True)
-class LowFrequencyParams:
-    passes: int = 5  # à-trous passes; 5 is a Gaussian of sigma 13.06 px
-
-
-class LowFrequency(ImageReward):
-    """mean |B(x) - B(lq)| with B the à-trous low pass (SeeSR / StableSR wavelet colour fix, here as a penalty).
-
-    A constant offset c costs exactly c; anything finer than about 10 px costs nothing. Catches colour and brightness
-    drift.
-    """
-
-    params: LowFrequencyParams
-
-    @classmethod
-    def spec_for(cls, params: LowFrequencyParams) -> RewardSpec:
-        if params.passes < 1:
-            raise ValueError(
-                f"low_frequency.passes is {params.passes}; give at least 1 (5 is the usual wavelet colour fix)"
-            )
-        return RewardSpec(
-            name="low_frequency",
-            version="1",
-            higher_is_better=False,
-            range=(0.0, 1.0),
-            needs=frozenset({"lq"}),
-            block="fidelity",
-            scale=0.005,
-            differentiable=True,
-            deterministic=True,
-            licence=LICENCE,
-            licensed_types=COLOUR_TYPES,
-        )
-
-    def measure(self, items: Sequence[Restoration]) -> Tensor:
-        low_x = atrous_low_pass(stack_images(items), self.params.passes)
-        low_lq = atrous_low_pass(stack_lq(items), self.params.passes)
-        return (low_x - tone_matched(items, low_lq, low_x)).abs().flatten(1).mean(1)
+from rewards.filters import gaussian_blur
+from rewards.penalties.tone import COLOUR_TYPES, LICENCE, OCCLUSION_TYPES, tone_matched
 
 
 def noise_std(x_NCHW: Tensor) -> Tensor:
