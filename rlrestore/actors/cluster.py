@@ -28,6 +28,8 @@ from rlrestore.crew import WorkerLostError
 from rlrestore.errors import ClusterError
 from rlrestore.placement import Node, amounts, lacking, pools, total
 
+STARTS = 3
+
 
 def start_ray(config: RayConfig, cpus_needed: float, start_timeout_s: float = 300.0) -> None:
     """Join `config.address`, or start Ray here with as many logical CPUs as the placement asks for."""
@@ -42,13 +44,7 @@ def start_ray(config: RayConfig, cpus_needed: float, start_timeout_s: float = 30
             check_nodes(start_timeout_s)
             return
         _new_token()
-        ray.init(
-            address="local",  # without it Ray would join a cluster that it finds on this machine
-            num_cpus=max(os.cpu_count() or 1, int(cpus_needed + 0.999)),
-            object_store_memory=config.object_store_mb * 2**20,
-            include_dashboard=False,
-            **common,
-        )
+        _start_here(config, cpus_needed, common)
     except ClusterError:
         ray.shutdown()
         raise
@@ -57,6 +53,24 @@ def start_ray(config: RayConfig, cpus_needed: float, start_timeout_s: float = 30
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own in place, which ends the process
+
+
+def _start_here(config: RayConfig, cpus_needed: float, common: dict[str, Any]) -> None:
+    """Ray's node gives its helpers 15 s to start and dies if they do not, which happens on busy machines: three attempts."""
+    for attempt in range(STARTS):
+        try:
+            ray.init(
+                address="local",  # without it Ray would join a cluster that it finds on this machine
+                num_cpus=max(os.cpu_count() or 1, int(cpus_needed + 0.999)),
+                object_store_memory=config.object_store_mb * 2**20,
+                include_dashboard=False,
+                **common,
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == STARTS - 1:
+                raise
 
 
 def _new_token() -> None:
