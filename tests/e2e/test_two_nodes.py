@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,12 +24,14 @@ from ray.cluster_utils import Cluster
 
 from rlrestore.actors.cluster import bundle_nodes, reserve, start_ray
 from rlrestore.actors.crew import RayCrew
+from rlrestore.actors.doctor import check_ray
 from rlrestore.actors.joining import differences, join
 from rlrestore.build import build_run, check_parts, load_train_config
 from rlrestore.config import PlacementConfig, RayConfig
 from rlrestore.config_files import ConfigError
 from rlrestore.engine.build import free_port
 from rlrestore.errors import ClusterError
+from rlrestore.log import read_metrics
 from rlrestore.loop import train
 from rlrestore.placement import Node, assign, pools
 from rlrestore.rundir import open_run
@@ -301,3 +304,45 @@ def test_two_network_namespaces_give_what_one_machine_gives(namespaces: list[str
     del environment["RAY_AUTH_TOKEN_PATH"]
     subprocess.run([*train, "run.name=one"], env=environment, timeout=500, check=True)
     assert exported(tmp_path / "two") == exported(tmp_path / "one") != {}
+
+
+@pytest.mark.slow
+def test_the_doctor_measures_between_nodes(cluster: Cluster) -> None:
+    found = {finding.name: finding for finding in check_ray(cluster.address, 120.0)}
+    assert found["ray"].found.startswith("2 node(s), 5 CPU, 0 GPU in ")
+    assert found["between nodes"].found.startswith("gloo over 2 nodes (")
+    assert found["between nodes"].status in ("ok", "warn") and "MB/s all-reduced" in found["between nodes"].found
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_stops_and_resumes(tmp_path: Path) -> None:
+    """Two raylets of this machine, started by the stand-in srun; the batch system's warning comes after the first iteration."""
+    stand_ins = tmp_path / "bin"
+    stand_ins.mkdir()
+    for name in ("srun", "scontrol", "hostname"):
+        shutil.copy(ROOT / "tests" / "stand_ins" / name, stand_ins)
+    options = ["run.steps=4", "checkpoint.every=4", "evaluate.tasks=1", "placement.kind=colocated", "placement.ranks=2"]
+    options += ["placement.rank_cpus=2", "placement.threads=1", "placement.reward_cpus=0.5", "run.name=slurm"]
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment = {
+        **kept, "PATH": f"{stand_ins}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+        "STAND_IN_LOG": str(tmp_path), "SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]", "RLRESTORE_CONFIG": str(write_tiny(tmp_path, "grpo")), "RLRESTORE_CPUS": "2",
+        "RLRESTORE_RUNS": str(tmp_path / "runs"), "RLRESTORE_ARGS": " ".join(options), "RLRESTORE_PORT": str(free_port()),
+        "RAY_raylet_start_wait_time_s": "120",
+    }  # fmt: skip
+    script = ["bash", str(ROOT / "scripts" / "launch" / "slurm.sh")]
+    metrics = tmp_path / "runs" / "slurm" / "metrics.jsonl"
+    process = subprocess.Popen(script, env=environment)
+    deadline = time.monotonic() + 400
+    while not (metrics.exists() and '"train/loss"' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=300) == 85
+    assert (tmp_path / "scontrol").read_text() == f"requeue {os.getpid()}\n"
+    again = subprocess.run(script, env={**environment, "SLURM_RESTART_COUNT": "1"}, timeout=500, check=False)
+    assert again.returncode == 0
+    steps = [int(record["step"]) for record in read_metrics(metrics) if "train/loss" in record]
+    assert steps == [1, 2, 3, 4], "each iteration once, the later ones after the resume"
