@@ -29,7 +29,8 @@ CONNECT_S = 10.0
 
 def join(address: str, init: Callable[[], Any]) -> None:
     """Call `init` (ray.init with its options) for the cluster at `address` (auto | host:port). ClusterError says what is wrong."""
-    found = address if address != "auto" else os.environ.get("RAY_ADDRESS") or read_ray_address()
+    named = os.environ.get("RAY_ADDRESS", "")
+    found = address if address != "auto" else named if ":" in named and "://" not in named else read_ray_address()
     if not found:
         raise ClusterError(
             "ray.address=auto finds no Ray on this machine: start it with ray start, set RAY_ADDRESS, or give ray.address=host:port"
@@ -63,9 +64,11 @@ def _knock(address: str, where: str) -> None:
             f"nothing answers at {where} ({error.strerror or error}): start Ray's head there (ray start --head --port={port}), "
             "or mend the address"
         ) from error
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return  # what follows would need the certificates
     ours = token()
     metadata = [("authorization", f"Bearer {ours[0]}")] if ours else []
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:  # as Ray does
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
             ask(b"", timeout=CONNECT_S, metadata=metadata)

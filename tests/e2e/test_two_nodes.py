@@ -328,7 +328,7 @@ def test_the_slurm_script_trains_stops_and_resumes(tmp_path: Path) -> None:
     environment = {
         **kept, "PATH": f"{stand_ins}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
         "STAND_IN_LOG": str(tmp_path), "SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": "2",
-        "SLURM_JOB_NODELIST": "node[1-2]", "RLRESTORE_CONFIG": str(write_tiny(tmp_path, "grpo")), "RLRESTORE_CPUS": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]", "RLRESTORE_CONFIG": str(write_tiny(tmp_path, "grpo")), "RLRESTORE_CPUS": "3",
         "RLRESTORE_RUNS": str(tmp_path / "runs"), "RLRESTORE_ARGS": " ".join(options), "RLRESTORE_PORT": str(free_port()),
         "RAY_raylet_start_wait_time_s": "120",
     }  # fmt: skip
