@@ -109,10 +109,10 @@ def _check_asynchrony(config: TrainConfig, algorithm: Algorithm) -> None:
             f"asynchrony.ahead={options.ahead} draws tasks before the scores that curriculum.candidates={config.curriculum.candidates} "
             "chooses by: set asynchrony.ahead=1 or curriculum.candidates=1"
         )
-    if algorithm.needs.reward:
+    if algorithm.needs.reward or (algorithm.needs.trajectory and algorithm.needs.groups):
         raise ConfigError(
-            f"algorithm.kind={config.algorithm.kind} follows the reward's gradient at its own samples and has no correction for stale "
-            "ones: set asynchrony.ahead=0"
+            f"algorithm.kind={config.algorithm.kind} has no correction for stale rollouts: set asynchrony.ahead=0, or use a policy "
+            "gradient (grpo) or a forward-process method (nft)"
         )
 
 

@@ -147,7 +147,8 @@ def test_rollouts_lag_as_far_as_they_are_ahead_and_no_further(tmp_path: Path, ah
             [*AHEAD, "asynchrony.ahead=2", "placement.max_staleness=2", "curriculum.candidates=2"],
             "set asynchrony.ahead=1 or",
         ),
-        ([*AHEAD, "algorithm.kind=refl"], "has no correction for stale ones: set asynchrony.ahead=0"),
+        ([*AHEAD, "algorithm.kind=d3po"], "algorithm.kind=d3po has no correction"),
+        ([*AHEAD, "algorithm.kind=refl"], "has no correction for stale rollouts: set asynchrony"),
     ],
 )
 def test_what_cannot_be_asynchronous_is_refused(tmp_path: Path, options: list[str], words: str) -> None:
