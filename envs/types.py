@@ -13,6 +13,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """A restoration of a task that exists already."""
+
+    image: Tensor  # [3, H, W] float32 in [0, 1], rounded to 8 bits, same size as the task's lq
+    score: float  # higher is better; comparable within its task
+
+
+@dataclass(frozen=True)
 class Task:
     """One LQ photo to restore, with what is known of it."""
 
@@ -22,6 +30,7 @@ class Task:
     prompt: str = ""  # for text-conditioned restorers; never shown to a judge
     gt: Tensor | None = None  # [3, H, W] reference of the same size, if there is one
     record: Mapping[str, float] = field(default_factory=dict)  # what the degradation did, by name
+    recorded: tuple[Recorded, ...] = ()  # taken instead of rollouts, member by member (`envs.preferences`)
 
     @property
     def photo(self) -> str:

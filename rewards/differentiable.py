@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from envs.types import Restoration, Task
@@ -17,8 +19,9 @@ class DifferentiableMix:
     Every term is an `ImageReward` whose spec says `differentiable`; ValueError names those that are not.
     """
 
-    def __init__(self, terms: Sequence[TermConfig], rewards: Sequence[Reward]):
-        self.rubric = Rubric(terms)
+    def __init__(self, terms: Sequence[TermConfig], rewards: Sequence[Reward], by_chance: bool = False):
+        """`by_chance`, a control: the mix of every task is multiplied by 1 or -1, which its id decides."""
+        self.rubric, self.by_chance = Rubric(terms), by_chance
         if blind := not_differentiable(self.rubric):
             raise ValueError(f"{', '.join(blind)} cannot be differentiated")
         self.rewards: list[ImageReward] = []
@@ -32,7 +35,11 @@ class DifferentiableMix:
         items = [Restoration(task, image) for task, image in zip(tasks_B, image_BCHW.cpu(), strict=True)]
         factor_R = self.rubric.weight_R * self.rubric.sign_R / self.rubric.scale_R
         terms = zip(factor_R.tolist(), self.rewards, strict=True)
-        return sum((factor * reward.measure(items) for factor, reward in terms), image_BCHW.new_zeros(()).cpu())
+        mix_B = sum((factor * reward.measure(items) for factor, reward in terms), image_BCHW.new_zeros(()).cpu())
+        if self.by_chance:
+            coins = [hashlib.sha256(task.id.encode()).digest()[0] % 2 for task in tasks_B]
+            mix_B = mix_B * torch.tensor([2.0 * coin - 1 for coin in coins])
+        return mix_B
 
 
 def not_differentiable(rubric: Rubric) -> list[str]:

@@ -24,7 +24,7 @@ from rlrestore.alarm import Alarm
 from rlrestore.algorithms.base import Algorithm
 from rlrestore.algorithms.registry import ALGORITHMS
 from rlrestore.board import headline, hyperparameters, layout
-from rlrestore.checks import check_config, check_needs, check_photos, check_precision, check_times
+from rlrestore.checks import check_config, check_needs, check_photos, check_precision, check_recorded, check_times
 from rlrestore.config import FinetuneConfig, RegulariseConfig, TrainConfig, all_terms, trained_terms
 from rlrestore.config_files import ConfigError, Plugin, PluginSchemas, plain, read_yaml, typed, user_errors
 from rlrestore.crew import Crew, LocalCrew, StageTimes
@@ -116,6 +116,8 @@ class LearnerRecipe:
     trainable: tuple[str, ...]
     regularise: RegulariseConfig
     rewards: tuple[TermConfig, ...]  # if the algorithm climbs their gradient
+    ema_samples: bool
+    shuffle: bool  # a control
 
     @staticmethod
     def of(config: TrainConfig) -> LearnerRecipe:
@@ -127,6 +129,7 @@ class LearnerRecipe:
         return LearnerRecipe(
             config.restorer, config.algorithm, engine.kind, options, engine.warmup, engine.ema,
             config.placement.max_staleness, engine.trainable, config.regularise, tuple(config.rewards.values()),
+            config.rollout.weights == "ema", config.credit.shuffle,
         )  # fmt: skip
 
     def build(self, rank: int = 0, world: int = 1) -> Learner:
@@ -135,7 +138,7 @@ class LearnerRecipe:
 
         algorithm, reward = build_algorithm(self.algorithm), None
         if algorithm.needs.reward:
-            reward = DifferentiableMix(self.rewards, [build_term(term) for term in self.rewards])
+            reward = DifferentiableMix(self.rewards, [build_term(term) for term in self.rewards], self.shuffle)
         # ZeRO-3 takes the network from the host's memory parameter by parameter: no GPU ever holds it whole
         sharded = self.engine == "deepspeed" and self.options.zero == 3
         restorer = build_restorer(self.restorer).to(best_device(), denoiser=not sharded)
@@ -143,7 +146,7 @@ class LearnerRecipe:
             restorer, algorithm, make_engine,
             lr=self.options.lr, warmup=self.warmup, ema_cap=self.ema_cap,
             micro_batch=self.options.micro_batch, max_staleness=self.max_staleness, trainable=self.trainable,
-            regularise=self.regularise, reward=reward,
+            regularise=self.regularise, reward=reward, ema_samples=self.ema_samples,
         )  # fmt: skip
 
 
@@ -244,7 +247,9 @@ def check_parts(config: TrainConfig) -> Env:
             f"regularise.supervised={config.regularise.supervised} trains on references and env '{env.name}' has none: set it to 0, or "
             "use an env with references"
         )
-    lq = first_draw(env, config.rollout.groups * config.curriculum.candidates)[0].lq
+    first = first_draw(env, config.rollout.groups * config.curriculum.candidates)
+    check_recorded(config, build_algorithm(config.algorithm), first)
+    lq = first[0].lq
     size = (lq.shape[-2], lq.shape[-1])
     check_photos(config, restorer, size)
     check_times(config, build_algorithm(config.algorithm), restorer, size)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 
 from envs.base import Env
+from envs.types import Task
 from rewards.differentiable import not_differentiable
 from rewards.rubric import Rubric
 from rlrestore.algorithms.base import Algorithm
@@ -26,6 +28,7 @@ from rlrestore.placement import check_placement
 from rlrestore.restorers.base import Restorer
 from rlrestore.sinks import check_sinks
 from rlrestore.stages import chain_times
+from rlrestore.windows import WINDOW_SCHEDULES
 
 PLACEMENTS = ("colocated", "local", "separate")
 
@@ -45,6 +48,26 @@ def check_config(config: TrainConfig, algorithm: Algorithm) -> None:
     check_guards(config, algorithm)
     if algorithm.needs.reward:
         _check_gradients(config)
+    if config.rollout.refill and (config.credit.min_spread <= 0 or config.credit.baseline == "history"):
+        raise ConfigError(
+            f"rollout.refill={config.rollout.refill} replaces groups that credit drops, and with credit.min_spread="
+            f"{config.credit.min_spread}, credit.baseline={config.credit.baseline} none is dropped for its spread: set min_spread, "
+            "e.g. to 0.1, with baseline mean or leave_one_out"
+        )
+    if config.rollout.refill and config.asynchrony.ahead:
+        raise ConfigError(
+            f"rollout.refill={config.rollout.refill} samples other tasks when the first were scored, and asynchrony.ahead="
+            f"{config.asynchrony.ahead} keeps the samplers busy with later iterations: set one of them to 0"
+        )
+    if config.credit.between == "spread" and config.credit.baseline == "history":
+        raise ConfigError(
+            "credit.between=spread weighs groups by their spread and credit.baseline=history has no groups: set between=equal"
+        )
+    if config.rollout.weights == "ema" and algorithm.needs.old_policy:
+        raise ConfigError(
+            f"rollout.weights=ema and algorithm.kind={config.algorithm.kind} samples from an old policy of its own: set "
+            "rollout.weights=current (algorithm.old_decay is its memory)"
+        )
     if config.engine.precision == "bfloat16" and (config.engine.kind == "torch" or config.engine.zero == 0):
         raise ConfigError(
             f"engine.precision=bfloat16 with engine.kind={config.engine.kind}, engine.zero={config.engine.zero}: float32 master "
@@ -155,6 +178,9 @@ def _check_choices(config: TrainConfig) -> None:
         ("credit.normalise", config.credit.normalise, ("global", "group", "none", "pooled")),
         ("credit.baseline", config.credit.baseline, ("history", "leave_one_out", "mean")),
         ("credit.fuse", config.credit.fuse, ("normalise_then_sum", "sum_then_normalise")),
+        ("credit.between", config.credit.between, ("equal", "spread")),
+        ("rollout.weights", config.rollout.weights, ("current", "ema")),
+        ("sampling.window_schedule", config.sampling.window_schedule, WINDOW_SCHEDULES),
     ):
         if value not in choices:
             raise ConfigError(f"{key}={value} is unknown: choose one of {', '.join(map(str, choices))}")
@@ -168,6 +194,8 @@ def _check_numbers(config: TrainConfig) -> None:
         ("run.max_hours", config.run.max_hours, config.run.max_hours >= 0, "0 (no limit) or positive"),
         ("sampling.window_every", config.sampling.window_every, config.sampling.window_every >= 0, "0 or positive"),
         ("sampling.shift", config.sampling.shift, config.sampling.shift > 0, "positive; 1 is no shift"),
+        ("sampling.tail", config.sampling.tail, 0 < config.sampling.tail <= 1, "above 0 and at most 1 (all steps)"),
+        ("rollout.refill", config.rollout.refill, config.rollout.refill >= 0, "0 (off) or positive"),
         *(
             (f"regularise.{key}", weight, weight >= 0, "0 or positive")
             for key, weight in vars(config.regularise).items()
@@ -218,7 +246,17 @@ def _check_sampling(config: TrainConfig, algorithm: Algorithm) -> None:
     if not 0 < coldest <= hottest:
         raise ConfigError(f"sampling.temperature={[coldest, hottest]} must be two positive numbers, the smaller first")
     if not algorithm.needs.trajectory:
+        if sampling.tail < 1:
+            raise ConfigError(
+                f"sampling.tail={sampling.tail} shortens what follows a window and algorithm.kind={kind} has none: set it to 1, or "
+                f"lower sampling.steps={sampling.steps}"
+            )
         return
+    if sampling.window_schedule != "constant" and not sampling.window_every:
+        raise ConfigError(
+            f"sampling.window_schedule={sampling.window_schedule} says how long a start of a sliding window lasts and "
+            "sampling.window_every=0 draws it: set window_every, e.g. to 25"
+        )
     if (coldest, hottest) != (1.0, 1.0):
         raise ConfigError(
             f"sampling.temperature={[coldest, hottest]}: algorithm.kind={kind} credits the recorded steps, which would be blamed for "
@@ -303,6 +341,23 @@ def check_needs(rubric: Rubric, env: Env, where: str) -> None:
         raise ConfigError(
             f"{where} {', '.join(names)} compare(s) with a reference and env '{env.name}' has none: remove the metric(s), "
             "or use an env with references"
+        )
+
+
+def check_recorded(config: TrainConfig, algorithm: Algorithm, tasks: Sequence[Task]) -> None:
+    """What an env that brings its own restorations allows."""
+    counts = {len(task.recorded) for task in tasks}
+    if counts == {0}:
+        return
+    if algorithm.needs.trajectory or algorithm.needs.reward:
+        raise ConfigError(
+            f"algorithm.kind={config.algorithm.kind} trains on the sampler's own steps and env.kind={config.env.kind} has finished "
+            "restorations only: choose dpo, or another forward-process method (docs/algorithms.md)"
+        )
+    if counts != {config.rollout.samples}:
+        raise ConfigError(
+            f"env.kind={config.env.kind} has {max(counts)} restorations of a photo and rollout.samples={config.rollout.samples}: set "
+            f"rollout.samples={max(counts)}"
         )
 
 

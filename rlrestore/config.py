@@ -46,6 +46,12 @@ class SamplingConfig:
     # 0: the window's start is drawn an iteration (Flow-GRPO-Fast); n: it slides on by one every n iterations, and from the end
     # back to the start (MixGRPO, arXiv 2507.21802)
     window_every: int = 0
+    window_schedule: str = (
+        "constant"  # how long a start lasts: constant | decay | exp_decay, shorter for later ones (`windows.py`)
+    )
+    tail: float = (
+        1.0  # share of the steps after the window that a rollout takes: MixGRPO-Flash has 0.4 with solver dpmpp_2m
+    )
 
 
 @dataclass
@@ -54,6 +60,9 @@ class RolloutConfig:
     samples: int = 8  # K rollouts of each task
     batch: int = 16  # rollouts sampled in one forward; a multiple of samples, or a divisor
     base_samples: int = 2  # of the frozen base, once a task, if a gate or a constraint compares with it
+    # current | ema: who makes them. An EMA moves less from one iteration to the next; a method with an old policy has its own
+    weights: str = "current"
+    refill: int = 0  # times that groups below `credit.min_spread` are replaced by other tasks' before training goes on
 
 
 @dataclass
@@ -68,7 +77,9 @@ class CreditConfig:
     clamp: float = 5.0
     min_valid: int = 0  # fewer valid rollouts drop the group; 0 means max(2, K / 2)
     min_spread: float = 0.0  # groups whose fused spread is below this (in reward scales) are dropped
-    shuffle: bool = False  # control experiment: permute rewards inside each group before credit
+    between: str = "equal"  # loss weight of a group: equal | spread, more where its members differ more (DP2O-SR, arXiv 2510.18851)
+    # control experiment: permute rewards inside each group before credit; direct methods climb or descend by chance
+    shuffle: bool = False
 
 
 @dataclass

@@ -22,6 +22,7 @@ ZERO_SPREAD = 1e-9  # below it, a group's utilities are the same number up to fl
 Normalise = Literal["pooled", "group", "global", "none"]
 Fuse = Literal["normalise_then_sum", "sum_then_normalise"]
 Baseline = Literal["mean", "leave_one_out"]
+Between = Literal["equal", "spread"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,12 @@ class Credit:
     """What the learner needs of the scores of one iteration."""
 
     advantage_N: Tensor  # [N] float32, clamped; 0 where weight is 0
-    weight_N: Tensor  # [N] float32, 0 for masked rollouts and dropped groups, else 1
+    weight_N: Tensor  # [N] float32, 0 for masked rollouts and dropped groups, else 1, or with `between: spread` about 1
     stats: dict[str, float]  # for the log; finite
+
+    def dropped(self, groups: int) -> list[int]:
+        """Groups of which no rollout is trained on."""
+        return (self.weight_N.reshape(groups, -1) == 0).all(1).nonzero().flatten().tolist()
 
 
 def group_credit(
@@ -51,6 +56,7 @@ def group_credit(
     normalise_R: Sequence[str | None] | None = None,
     penalty_N: Tensor | None = None,
     veto_N: Tensor | None = None,
+    between: Between = "equal",
 ) -> Credit:
     """Advantages of N = groups * K rollouts, row-major by group, from R rewards.
 
@@ -70,6 +76,7 @@ def group_credit(
     penalty_N   what a rollout pays, utility units: hinges and priced constraints. Its difference to the group's mean is
                 subtracted after normalising, where 1 is one std of a reward that has all the weight. NaN is neutral
     veto_N      rollouts that take the worst advantage of their group, whatever their rewards
+    between     loss weight of a kept group: "equal" 1, or "spread", DP2O-SR's (`spread_weights`)
 
     Weights are divided by the sum of their absolute values. A sample that lacks an optional reward takes 0 for it.
     """
@@ -96,6 +103,9 @@ def group_credit(
     spread_ok_G = spread_G >= min_spread
     kept = sample_ok & (enough_G & spread_ok_G)[:, None]  # [G, K]
     used = valid & kept  # [R, G, K]: dropped groups enter no statistic
+    if between not in ("equal", "spread"):
+        raise ValueError(f"unknown between {between!r}; known: equal, spread")
+    weight_G = spread_weights(utility, used, share_R, floor_R) if between == "spread" else torch.ones(groups).double()
 
     if rank:
         utility, floor_R = _ranks(utility, used, floor_R), torch.zeros_like(floor_R)
@@ -138,7 +148,25 @@ def group_credit(
         "masked_samples": float((~sample_ok).sum()),
         "kept_samples": float(n_kept),
     }
-    return Credit(clamped.reshape(N).float(), kept.reshape(N).float(), stats)
+    return Credit(clamped.reshape(N).float(), (kept * weight_G[:, None]).reshape(N).float(), stats)
+
+
+def spread_weights(utility: Tensor, used: Tensor, share_R: Tensor, floor_R: Tensor) -> Tensor:
+    """[G] sigma_g + 1 - mean sigma over kept groups, which has mean 1: DP2O-SR's weights between groups (arXiv 2510.18851).
+
+    sigma_g is the std of a group's fused reward after each reward was stretched to [0, 1] inside the group; a reward whose
+    in-group std is below its floor has no say there, or a near-tie would count as a full range.
+    """
+    inf = torch.tensor(math.inf, dtype=utility.dtype)
+    low = torch.where(used, utility, inf).amin(-1, keepdim=True)
+    width = torch.where(used, utility, -inf).amax(-1, keepdim=True) - low
+    telling = used & (width > 0) & (group_variance(utility, used).sqrt() >= floor_R[:, None])[..., None]
+    unit = torch.where(telling, (utility - low) / torch.where(width > 0, width, 1.0), 0.0)
+    unit = torch.where(telling, unit, group_mean(unit, telling))  # a missing optional score moves nobody
+    fused_GK, kept_GK = (share_R[:, None, None] * unit).sum(0), used.any(0)
+    sigma_G, kept_G = group_variance(fused_GK, kept_GK).sqrt(), kept_GK.any(-1)
+    mean = (sigma_G * kept_G).sum() / kept_G.sum().clamp_min(1)
+    return sigma_G + 1 - mean
 
 
 def _vector(values: Tensor | Sequence[float], R: int) -> Tensor:

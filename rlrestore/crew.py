@@ -62,8 +62,11 @@ class Crew(ABC):
     unchanged: int = 0  # updates in a row that published what was published before
 
     @abstractmethod
-    def roll_out(self, chunks: Sequence[Chunk], chain: Chain) -> Iterator[Scored]:
-        """Sample from the behaviour policy and score, in the order of `chunks`; latents stay with the crew."""
+    def roll_out(self, chunks: Sequence[Chunk], chain: Chain, of: int = 0) -> Iterator[Scored]:
+        """Sample from the behaviour policy and score, in the order of `chunks`; latents stay with the crew.
+
+        `of`: these chunks replace those of the same index among the `of` chunks of the iteration.
+        """
 
     def submit(self, chunks: Sequence[Chunk], chain: Chain) -> Flight:
         """Begin `roll_out` with the weights that are published now, and return; only where samplers are processes of their own."""
@@ -131,7 +134,7 @@ class LocalCrew(Crew):
     def __init__(self, learner: Learner, scorer: Scorer, reward_names: Sequence[str], times: StageTimes):
         self.learner, self.scorer, self.reward_names, self.times = learner, scorer, list(reward_names), times
 
-    def roll_out(self, chunks: Sequence[Chunk], chain: Chain) -> Iterator[Scored]:
+    def roll_out(self, chunks: Sequence[Chunk], chain: Chain, of: int = 0) -> Iterator[Scored]:
         for chunk in chunks:
             start = time.perf_counter()
             images = self.learner.sample(chunk, chain)

@@ -9,7 +9,7 @@ stay possible, because a policy may lose what it had.)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,13 +36,13 @@ class Curriculum:
         chosen = torch.multinomial(weight, groups, replacement=False, generator=generator)
         return [tasks[index] for index in sorted(chosen.tolist())]
 
-    def learn(self, tasks: Sequence[Task], scores: RubricScores) -> None:
-        """Remember how much the members of each group differed."""
+    def learn(self, tasks: Sequence[Task], scores: RubricScores, groups: Collection[int] | None = None) -> None:
+        """Remember how much the members of each group, or of these `groups`, differed."""
         if self.config.candidates == 1:
             return
         mix_GK, valid_GK = scores.mix_N.reshape(len(tasks), -1), scores.valid_N.reshape(len(tasks), -1)
-        for task, mix, valid in zip(tasks, mix_GK, valid_GK, strict=True):
-            if int(valid.sum()) < 2:
+        for group, (task, mix, valid) in enumerate(zip(tasks, mix_GK, valid_GK, strict=True)):
+            if int(valid.sum()) < 2 or (groups is not None and group not in groups):
                 continue
             now = float(mix[valid].double().std(correction=0))
             past = self.spread.get(task.photo, now)

@@ -1,8 +1,8 @@
 """One trainer rank: the policies, the gradient, the copies that follow. Plain class; `actors` wraps it for Ray.
 
 In: chunks that were sampled, with advantages and weights. Out: moved weights and a report. The same object also samples
-(placements `local` and `colocated`) from its behaviour policy: the old policy where the algorithm keeps one, else the
-current weights. A collective method is called on every rank with the same arguments.
+(placements `local` and `colocated`) from its behaviour policy: the old policy where the algorithm keeps one, the EMA where
+the config says so, else the current weights. A collective method is called on every rank with the same arguments.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Learner:
         trainable: Sequence[str] = (),
         regularise: RegulariseConfig | None = None,
         reward: Callable[[Tensor, Sequence[Task]], Tensor] | None = None,
+        ema_samples: bool = False,
     ):
         self.restorer, self.algorithm, self.sampler = restorer, algorithm, Sampler(restorer)
         self.lr, self.warmup, self.ema_cap = lr, warmup, ema_cap
@@ -72,6 +73,8 @@ class Learner:
         self.old = restorer.twin("old") if algorithm.needs.old_policy else None
         needs_reference = algorithm.needs.reference or self.regularise.asks_reference
         self.reference = restorer.twin("reference") if needs_reference else None
+        assert not (ema_samples and algorithm.needs.old_policy), "checks.py refuses two slow copies"
+        self.ema_policy = restorer.twin("behaviour") if ema_samples else None  # holds the EMA; rollouts are its
         self.engine = make_engine(network)
         rank, world = self.engine.rank, self.engine.world
         self.base = Kept(self.engine.stream_parameters(), rank, world)
@@ -86,7 +89,8 @@ class Learner:
 
     @property
     def behaviour(self) -> nn.Module:
-        return self.engine.network if self.old is None else self.old
+        copies = [net for net in (self.old, self.ema_policy) if net is not None]
+        return copies[0] if copies else self.engine.network
 
     def sample(self, chunk: Chunk, chain: Chain) -> Images:
         """Sample from the behaviour policy and keep the latents for `update`."""
@@ -109,7 +113,7 @@ class Learner:
         """Trainable parameters one by one, whole, float32: base | current | ema | behaviour. Collective to its end."""
         if which == "base":
             return self.base.whole(names)
-        if which == "ema":
+        if which == "ema" or (which == "behaviour" and self.ema_policy is not None):
             return self.ema.whole(names)
         if which == "behaviour" and self.old_shadow is not None:
             return self.old_shadow.whole(names)
@@ -239,6 +243,8 @@ class Learner:
         if self.old is not None and self.old_shadow is not None:
             self.old_shadow.update(self.engine.stream_parameters(), self.algorithm.old_decay(self.optimiser_steps))
             self.engine.assign(self.old, self.old_shadow.whole())
+        if self.ema_policy is not None:
+            self.engine.assign(self.ema_policy, self.ema.whole())
 
     # -- measuring ---------------------------------------------------------------------------------------------
 
@@ -295,6 +301,8 @@ class Learner:
         if self.old is not None and self.old_shadow is not None:
             self.old_shadow.load(load_tensors(folder / "old.safetensors"))
             self.engine.assign(self.old, self.old_shadow.whole())
+        if self.ema_policy is not None:
+            self.engine.assign(self.ema_policy, self.ema.whole())
         counters = read_json(folder / "learner.json")
         self.iteration, self.optimiser_steps = counters["iteration"], counters["optimiser_steps"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from rewards.gates import gate_metrics
 from rewards.rubric import FailureBudget, Rubric, RubricScores
 from rlrestore.alarm import Alarm, Verdict
 from rlrestore.algorithms.base import Algorithm
-from rlrestore.asynchrony import Pipeline, correct
+from rlrestore.asynchrony import Draft, Pipeline, correct
 from rlrestore.board import log_groups, log_histograms, matrix_picture
 from rlrestore.checkpoint import checkpoint_path, new_checkpoint, read_json, retain, set_aside, write_json_atomic
 from rlrestore.clock import Clock, bare_seconds
@@ -35,20 +35,23 @@ from rlrestore.evaluate import ConstraintRow, Evaluation, Measured, MetricRow, c
 from rlrestore.history import RewardHistory
 from rlrestore.levels import LevelKeeper
 from rlrestore.log import RunLog
+from rlrestore.refill import Gathered, Judged, gather
 from rlrestore.rundir import RunDir, versions
 from rlrestore.stages import (
+    as_judged,
     assign_credit,
     combine,
     cost_metrics,
     guard,
     make_chunks,
     policy_metrics,
+    recorded_scores,
     reward_metrics,
     rollout_chain,
     update_requests,
 )
 from rlrestore.stopping import Stop, StopRequested
-from rlrestore.types import UpdateReport
+from rlrestore.types import Chunk, UpdateReport
 
 
 @dataclass
@@ -81,7 +84,7 @@ class Run:
 def train(run: Run) -> dict[str, MetricRow]:
     """All iterations that are left, then the table of base against tuned, which is also written to result.json."""
     config, crew = run.config, run.crew
-    seed, groups = config.run.seed, config.rollout.groups
+    seed = config.run.seed
     clock = Clock(run.times, run.seconds_before)
     print(f"evaluating the base on {run.evaluation.images} held-out images, then measuring speed", flush=True)
     base = run.evaluation.measure(crew, "base")
@@ -97,29 +100,22 @@ def train(run: Run) -> dict[str, MetricRow]:
         for iteration in range(run.first, run.first if run.alarm.ends_run else config.run.steps):
             clock.start()
             draft, rollouts = run.pipeline.take(iteration)  # sampled and scored now, or while earlier ones trained
-            tasks, chunks = draft.tasks, draft.chunks
-            levels = run.levels.of(crew, tasks)
-            scores = combine(rollouts, run.rubric)
-            _spend_budget(run.budget, rollouts)
-            run.curriculum.learn(tasks, scores)
-            gated = guard(scores, config.gates, run.multipliers, levels, groups)
-            credit = assign_credit(
-                scores, config.credit, groups, seed, iteration, run.history, [task.photo for task in tasks], gated
-            )
-            prices = run.multipliers.ascend(scores, levels.base)
-            credit = correct(credit, crew.importance(chunks), config.asynchrony)
+            found = _judged(run, draft, rollouts)
+            run.curriculum.learn(found.tasks, found.scores)
+            prices = run.multipliers.ascend(found.scores, found.levels.base)
+            credit = correct(found.credit, crew.importance(found.chunks), config.asynchrony)
             run.pipeline.look_ahead(iteration)
             requests = update_requests(
-                chunks, credit, crew.ranks, config.engine.micro_batch, run.algorithm.updates, seed, iteration
+                found.chunks, credit, crew.ranks, config.engine.micro_batch, run.algorithm.updates, seed, iteration
             )
             reports = crew.update(requests, draft.chain)
             crew.publish()
 
             done = iteration + 1
-            _report(run, done, tasks, scores, credit, reports, rollouts, clock, {**gate_metrics(gated), **prices})
+            _report(run, done, found, credit, reports, clock, {**gate_metrics(found.gated), **prices})
             if _due(done, config.evaluate.every) or done in (1, config.run.steps):
-                log_groups(run.log, done, tasks, rollouts, scores, credit)
-            _show(progress, scores)
+                log_groups(run.log, done, found.tasks, found.rollouts, found.scores, credit)
+            _show(progress, found.scores)
             if _due(done, config.evaluate.every) and done < config.run.steps:
                 _evaluate(run, base, done)
             stop = run.stop.due()
@@ -130,6 +126,36 @@ def train(run: Run) -> dict[str, MetricRow]:
             if stop and done < config.run.steps:
                 raise StopRequested(f"{stop}: saved after iteration {done} of {config.run.steps}")
     return _finish(run, base, clock, done)
+
+
+def _judged(run: Run, draft: Draft, rollouts: list[Scored]) -> Gathered:
+    """Scores and credit of an iteration's rollouts, with groups that teach nothing replaced if the config says so."""
+    config, groups, iteration = run.config, run.config.rollout.groups, draft.iteration
+    offered = groups * config.curriculum.candidates  # to the curriculum
+    first_levels = run.levels.of(run.crew, draft.tasks)
+
+    def roll_out(chunks: Sequence[Chunk], of: int) -> list[Scored]:
+        found = list(run.crew.roll_out(chunks, draft.chain, of)) if of else rollouts
+        for part in found:
+            run.budget.update(part.scores)
+        run.budget.check()
+        return found
+
+    def judge(tasks: Sequence[Task], rollouts: Sequence[Scored]) -> Judged:
+        same = all(new is drawn for new, drawn in zip(tasks, draft.tasks, strict=True))
+        known = first_levels if same else run.levels.of(run.crew, tasks)
+        scores, recorded_N = combine(rollouts, run.rubric), recorded_scores(tasks)
+        gated = guard(scores, config.gates, run.multipliers, known, groups)
+        credit = assign_credit(
+            as_judged(scores, recorded_N), config.credit, groups, config.run.seed, iteration, run.history,
+            [task.photo for task in tasks], gated if recorded_N is None else None,
+        )  # fmt: skip
+        return Judged(scores, credit, gated, known)
+
+    def more_tasks(n: int, skip: int) -> Sequence[Task]:
+        return run.env.draw(iteration, offered + skip + n)[offered + skip :]
+
+    return gather(draft.tasks, draft.chunks, config.rollout.refill, roll_out, judge, more_tasks, run.curriculum.learn)
 
 
 def _probe(run: Run, clock: Clock) -> None:
@@ -154,39 +180,33 @@ def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _spend_budget(budget: FailureBudget, rollouts: list[Scored]) -> None:
-    for part in rollouts:
-        budget.update(part.scores)
-    budget.check()
-
-
 def _report(
     run: Run,
     done: int,
-    tasks: list[Task],
-    scores: RubricScores,
+    found: Gathered,
     credit: Credit,
     reports: list[UpdateReport],
-    rollouts: list[Scored],
     clock: Clock,
     guards: dict[str, float],
 ) -> None:
-    images = [part.images for part in rollouts]
+    images = found.images
+    rollouts = run.config.rollout.groups * run.config.rollout.samples
     run.log.scalars(
         done,
         {
-            **reward_metrics(scores, run.config.rollout.groups),
+            **reward_metrics(found.scores, run.config.rollout.groups),
             **guards,
-            **run.levels.metrics(len(scores.valid_N)),
-            **run.curriculum.metrics(tasks),
+            **run.levels.metrics(rollouts),
+            **run.curriculum.metrics(found.tasks),
             **{f"group/{name}": value for name, value in credit.stats.items()},
+            "group/replaced": float(found.replaced),
             **policy_metrics(reports),
-            **cost_metrics(images, reports, len(scores.valid_N)),
+            **cost_metrics(images, reports, rollouts),
             "x0/latent_mean": sum(item.z0_mean for item in images) / len(images),
             "x0/latent_rms": sum(item.z0_rms for item in images) / len(images),
             "sync/unchanged": float(run.crew.unchanged),
             "x0/colour_drift": sum(item.colour_drift for item in images) / len(images),
-            **clock.stop(run.config.rollout.groups * run.config.rollout.samples),
+            **clock.stop(rollouts),
         },
     )
     log_histograms(run.log, done, credit, reports)

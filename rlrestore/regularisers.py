@@ -16,6 +16,7 @@ from rlrestore.algorithms.base import Batch, Point, Policies, Visit
 from rlrestore.algorithms.objectives import velocity_mse_N
 from rlrestore.config import RegulariseConfig
 from rlrestore.diffusion.sampling import seeded_noise
+from rlrestore.rollout import bounded_latent
 from rlrestore.seeds import derive_seed
 
 LOW_PASSES = 5  # as the low_frequency reward: a Gaussian of sigma 13 px
@@ -42,11 +43,11 @@ def penalties(
 def _supervised_N(policies: Policies, batch: Batch, point: Point) -> Tensor:
     """[B] mean (v - (eps - z_0))^2, z_0 = encode(reference), with a time and eps of each row's own; 0 without a reference.
 
-    The likelihood anchor of LRPO (arXiv 2509.23339). Residuals beyond 8 would own the batch and are clamped.
+    The likelihood anchor of LRPO (arXiv 2509.23339).
     """
     known = torch.tensor([task.gt is not None for task in batch.tasks_B], device=batch.z_0.device)
     images = torch.stack([task.lq if task.gt is None else task.gt for task in batch.tasks_B]).to(batch.z_0.device)
-    z_0 = policies.restorer.encode(images, batch.condition).clamp(-8, 8)
+    z_0 = bounded_latent(policies.restorer, images, batch.condition)
     seeds = [derive_seed(point.seed, "supervised", point.position, row.group, row.member) for row in batch.rows_B]
     eps, generators = seeded_noise(seeds, tuple(z_0.shape[1:]))
     eps = policies.restorer.endpoint(eps.to(z_0.device), batch.condition)

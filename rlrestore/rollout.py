@@ -1,4 +1,7 @@
-"""Sampling chunks: condition once a task, sample its members, decode, fix the colour, round to 8-bit pixels."""
+"""Sampling chunks: condition once a task, sample its members, decode, fix the colour, round to 8-bit pixels.
+
+Tasks that bring restorations of their own (`Task.recorded`) are not sampled: their members are those, encoded.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,8 @@ class Sampler:
     ) -> tuple[Images, Latents]:
         start = time.perf_counter()
         condition = self.condition(chunk)
+        if any(task.recorded for task in chunk.tasks.values()):
+            return self._recorded(chunk, condition, start, version, weights_sha)
         seeds, temperatures = [row.seed for row in chunk.rows], [row.temperature for row in chunk.rows]
         z_0, trajectory = sample(self.restorer, condition, seeds, chain, net, temperatures)
         tasks = chunk.tasks_of(slice(None))
@@ -59,6 +64,17 @@ class Sampler:
         self.forget()
         return ProbeReport(min(encode_s), min(sample_s), 0.0)
 
+    def _recorded(
+        self, chunk: Chunk, condition: Condition, start: float, version: int, weights_sha: str
+    ) -> tuple[Images, Latents]:
+        pictures = torch.stack([chunk.tasks[row.group].recorded[row.member].image for row in chunk.rows])
+        with torch.no_grad():
+            z_0 = bounded_latent(self.restorer, pictures.to(self.restorer.device), condition)
+        drift = float(colour_drift_B(pictures, stack_lq(chunk.tasks_of(slice(None)), pictures)).mean())
+        mean, rms = float(z_0.mean()), float(z_0.square().mean().sqrt())
+        images = Images(chunk.index, to_pixels(pictures), mean, rms, drift, 0, time.perf_counter() - start)
+        return images, Latents(chunk.index, z_0.cpu(), None, version, weights_sha)
+
     def forget(self) -> None:
         self._conditions.clear()
 
@@ -71,3 +87,8 @@ class Sampler:
 def to_pixels(images: Tensor) -> Tensor:
     """[..., 3, H, W] float in [0, 1] -> uint8, rounded half to even as PNG writers do."""
     return (images * 255).round().to(torch.uint8)
+
+
+def bounded_latent(restorer: Restorer, images: Tensor, condition: Condition) -> Tensor:
+    """z_0 of images that the restorer did not make, clamped: residuals beyond 8 stds would own a batch."""
+    return restorer.encode(images, condition).clamp(-8, 8)

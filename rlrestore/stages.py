@@ -24,6 +24,7 @@ from rlrestore.diffusion.schedules import time_schedule
 from rlrestore.history import RewardHistory
 from rlrestore.seeds import derive_seed
 from rlrestore.types import Chunk, Images, Row, UpdateReport, UpdateRequest, plan_updates
+from rlrestore.windows import thinned, window_steps
 
 
 def chain_times(config: SamplingConfig) -> tuple[float, ...]:
@@ -36,11 +37,8 @@ def rollout_chain(config: SamplingConfig, seed: int, iteration: int, algorithm: 
     if not algorithm.needs.trajectory:
         kept = algorithm.kept_steps(config.steps, derive_seed(seed, "window", iteration))
         return Chain(times, window=kept, solver=config.solver)
-    low, high = config.window_range
-    starts = high - config.window - low + 1
-    shift = iteration // config.window_every if config.window_every else derive_seed(seed, "window", iteration)
-    start = low + shift % starts
-    return Chain(times, config.sampler, config.level, tuple(range(start, start + config.window)), config.solver)
+    window = window_steps(config, seed, iteration)
+    return Chain(thinned(times, window, config.tail), config.sampler, config.level, window, config.solver)
 
 
 def evaluation_chain(config: SamplingConfig) -> Chain:
@@ -78,6 +76,24 @@ def make_chunks(
 def combine(scored: Sequence[Scored], rubric: Rubric) -> RubricScores:
     """One table of all rows in order."""
     return rubric.combine({name: Scores.cat([part.scores[name] for part in scored]) for name in rubric.names})
+
+
+def recorded_scores(tasks: Sequence[Task]) -> Tensor | None:
+    """[N] what a manifest says of the tasks' recorded restorations, None if the rollouts are the policy's own."""
+    if not any(task.recorded for task in tasks):
+        return None
+    return torch.tensor([item.score for task in tasks for item in task.recorded])
+
+
+def as_judged(scores: RubricScores, recorded_N: Tensor | None) -> RubricScores:
+    """The recorded verdict as the only utility, if there is one; rewards are then only logged."""
+    if recorded_N is None:
+        return scores
+    utility_RN = recorded_N[None].float()
+    return dataclasses.replace(
+        scores, utility_RN=utility_RN, weight_R=torch.ones(1), floor_R=torch.zeros(1), required_R=torch.ones(1).bool(),
+        normalise_R=(None,), valid_RN=utility_RN.isfinite(),
+    )  # fmt: skip
 
 
 def guard(
@@ -127,6 +143,7 @@ def assign_credit(
         normalise=config.normalise, baseline=config.baseline, rank=config.rank, fuse=config.fuse,  # type: ignore[arg-type]
         floor_R=scores.floor_R, clamp=config.clamp, min_valid=config.min_valid or None, min_spread=config.min_spread,
         normalise_R=scores.normalise_R, penalty_N=penalty_N, veto_N=veto_N,
+        between=config.between,  # type: ignore[arg-type]
     )  # fmt: skip
 
 

@@ -20,7 +20,15 @@ from rlrestore.evaluate import MetricRow
 from rlrestore.loop import train
 from rlrestore.restorers.embedded import EmbeddedConfig, EmbeddedRestorer
 from rlrestore.rundir import open_run
-from rlrestore.stages import assign_credit, combine, make_chunks, rollout_chain, update_requests
+from rlrestore.stages import (
+    as_judged,
+    assign_credit,
+    combine,
+    make_chunks,
+    recorded_scores,
+    rollout_chain,
+    update_requests,
+)
 from rlrestore.types import UpdateReport
 
 YAML = """
@@ -89,7 +97,7 @@ def iterate(crew: Crew, config: TrainConfig, env: Env, iteration: int):
     tasks = env.draw(iteration, config.rollout.groups)
     chunks = make_chunks(tasks, config.rollout.samples, config.rollout.batch, config.run.seed, iteration)
     scored: list[Scored] = list(crew.roll_out(chunks, chain))
-    scores = combine(scored, Rubric(list(config.rewards.values())))
+    scores = as_judged(combine(scored, Rubric(list(config.rewards.values()))), recorded_scores(tasks))
     credit = assign_credit(scores, config.credit, config.rollout.groups, config.run.seed, iteration)
     requests = update_requests(
         chunks, credit, crew.ranks, config.engine.micro_batch, algorithm.updates, config.run.seed, iteration

@@ -102,23 +102,27 @@ class RayCrew(Crew):
 
     # -- sampling and scoring --------------------------------------------------------------------------------------
 
-    def roll_out(self, chunks: Sequence[Chunk], chain: Chain) -> Iterator[Scored]:
+    def roll_out(self, chunks: Sequence[Chunk], chain: Chain, of: int = 0) -> Iterator[Scored]:
+        others = dict(self.latents) if of else {}
         self.latents.clear()
-        yield from self.collect(self.submit(chunks, chain))
+        yield from self.collect(self.submit(chunks, chain, of))
+        self.latents = {**others, **self.latents}
 
-    def submit(self, chunks: Sequence[Chunk], chain: Chain) -> Flight:
+    def submit(self, chunks: Sequence[Chunk], chain: Chain, of: int = 0) -> Flight:
         chain_ref = ray.put(chain)
         submitted, latents = [], {}
-        for worker, share in enumerate(deal(len(chunks), self.samplers)):
-            for index in share:
-                chunk_ref = ray.put(chunks[index])
-                if self.separate:
-                    images_ref, latents[chunks[index].index] = (
-                        self.rollouts[worker].sample.options(num_returns=2).remote(chunk_ref, chain_ref, self.version)
-                    )
-                else:
-                    images_ref = self.trainers[worker].sample.remote(chunk_ref, chain_ref)
-                submitted.append((chunks[index], chunk_ref, images_ref))
+        # by index, so that a chunk that replaces another one goes to the rank that will train it
+        shares = enumerate(deal(of or len(chunks), self.samplers))
+        worker_of = {index: worker for worker, share in shares for index in share}
+        for chunk in chunks:
+            chunk_ref, worker = ray.put(chunk), worker_of[chunk.index]
+            if self.separate:
+                images_ref, latents[chunk.index] = (
+                    self.rollouts[worker].sample.options(num_returns=2).remote(chunk_ref, chain_ref, self.version)
+                )
+            else:
+                images_ref = self.trainers[worker].sample.remote(chunk_ref, chain_ref)
+            submitted.append((chunk, chunk_ref, images_ref))
         return Flight(self.version, self._queue(submitted, self.reward_names, self.samplers), latents)
 
     def collect(self, flight: Flight) -> list[Scored]:

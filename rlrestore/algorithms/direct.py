@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlrestore.algorithms.base import Algorithm, Batch, Loss, Needs, Point, Policies, Visit, check_options
 from rlrestore.diffusion.sampling import Chain
@@ -54,7 +55,11 @@ class DirectAlgorithm(Algorithm):
         return Loss(self.objective(mix_B), metrics, {}, visit)
 
 
-def ask(policies: Policies, batch: Batch, z: Tensor, t: float) -> Visit:
-    """The current policy at one time, with its gradient."""
+def ask(policies: Policies, batch: Batch, z: Tensor, t: float, recompute: bool = False) -> Visit:
+    """The current policy at one time, with its gradient; `recompute` keeps no activations for the backward."""
     t_B = torch.full((len(z),), t, device=z.device)
-    return Visit(z, t_B, policies.velocity(z, t_B, batch.condition), None)
+    if not recompute:
+        return Visit(z, t_B, policies.velocity(z, t_B, batch.condition), None)
+    v = checkpoint(policies.velocity, z, t_B, batch.condition, use_reentrant=False)
+    assert isinstance(v, Tensor)
+    return Visit(z, t_B, v, None)

@@ -1,6 +1,7 @@
 """DRaFT-K: the gradient of the mix through the last K steps of the sampler, L = -mix.
 
-arXiv 2309.17400; K = 1 is as good as more for most rewards and the cheapest. AlignProp (arXiv 2310.03739) is the same with a random K.
+arXiv 2309.17400; K = 1 is as good as more for most rewards and the cheapest. AlignProp (arXiv 2310.03739) is the same with a random K
+and `recompute`: the activations of one step only are held, for one more forward a step.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rlrestore.diffusion.sampling import Chain
 @dataclass
 class DraftConfig(DirectConfig):
     last: int = 1  # K; each costs a backward, and the memory of a forward
+    recompute: bool = False  # each step's activations are computed again in the backward instead of kept
 
 
 class Draft(DirectAlgorithm):
@@ -32,7 +34,7 @@ class Draft(DirectAlgorithm):
 
     def finish(self, policies: Policies, batch: Batch, z: Tensor, chain: Chain, index: int) -> tuple[Tensor, Visit]:
         for step in range(index, chain.evaluations):
-            visit = ask(policies, batch, z, chain.times[step])
+            visit = ask(policies, batch, z, chain.times[step], self.config.recompute)
             z = ode_step(z, visit.v, chain.times[step], chain.times[step + 1])
         return z, visit
 

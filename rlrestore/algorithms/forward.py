@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlrestore.algorithms.base import Algorithm, Batch, Loss, Point, Policies, Visit, check_options
-from rlrestore.algorithms.objectives import velocity_mse_N
+from rlrestore.algorithms.objectives import OLD_DECAYS, old_policy_decay, velocity_mse_N
 from rlrestore.diffusion.sampling import Chain, seeded_noise
 from rlrestore.seeds import derive_seed
 
@@ -28,6 +28,13 @@ class ForwardConfig:
     updates: int = 1  # optimiser steps an iteration
 
 
+@dataclass
+class OldPolicyConfig(ForwardConfig):
+    # The old policy follows by d old + (1 - d) current; n counts optimiser steps. 0: d = 0, a hard copy; 1: min(0.001 n, 0.5);
+    # 2: 0 up to 75 steps, then min(0.0075 (n - 75), 0.999); 3: min(0.001 n, 0.3)
+    old_decay: int = 1
+
+
 @dataclass(frozen=True)
 class Noised:
     """B rollouts on their way back to noise, and what the current policy says there."""
@@ -37,6 +44,7 @@ class Noised:
     target: Tensor  # [B, *latent] eps - z_0
     v: Tensor  # [B, *latent] with its gradient
     v_reference: Tensor | None  # [B, *latent] of the frozen start, if the method needs it
+    v_old: Tensor | None  # [B, *latent] of the old policy, which made the rollouts, if the method keeps one
 
     @property
     def error_B(self) -> Tensor:
@@ -48,6 +56,11 @@ class Noised:
         """[B] matching error of the frozen start."""
         assert self.v_reference is not None, "the method uses a reference that its Needs do not declare"
         return velocity_mse_N(self.v_reference, self.target)
+
+    @property
+    def error_old_B(self) -> Tensor:
+        """[B] matching error of the policy that made the rollouts; of the current one where no step was taken since."""
+        return velocity_mse_N(self.v.detach() if self.v_old is None else self.v_old, self.target)
 
 
 class ForwardAlgorithm(Algorithm):
@@ -65,12 +78,19 @@ class ForwardAlgorithm(Algorithm):
                 "true: members are compared at the same t and eps",
             ),
         )
+        if isinstance(config, OldPolicyConfig):
+            wanted = "0 (hard copy), 1 (to 0.5), 2 (to 0.999) or 3 (to 0.3)"
+            check_options(config, ("old_decay", config.old_decay in OLD_DECAYS, wanted))
         self.config = config
         self.updates = config.updates
 
     @abstractmethod
-    def objective(self, noised: Noised, policies: Policies, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(self, noised: Noised, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss [B], metrics [B] to log)."""
+
+    def old_decay(self, optimiser_steps: int) -> float:
+        assert isinstance(self.config, OldPolicyConfig)
+        return old_policy_decay(self.config.old_decay, optimiser_steps)
 
     def points(self, chain: Chain, seed: int) -> list[Point]:
         generator = torch.Generator().manual_seed(seed)
@@ -87,8 +107,11 @@ class ForwardAlgorithm(Algorithm):
         z_t = (1 - t) * batch.z_0 + t * eps
         v = policies.velocity(z_t, t_B, batch.condition)
         v_reference = policies.reference_velocity(z_t, t_B, batch.condition) if self.needs.reference else None
-        noised = Noised(z_t, t_B, eps - batch.z_0, v, v_reference)
-        loss_B, metrics = self.objective(noised, policies, batch)
+        v_old = policies.old_velocity(z_t, t_B, batch.condition) if self.needs.old_policy else None
+        noised = Noised(z_t, t_B, eps - batch.z_0, v, v_reference, v_old)
+        loss_B, metrics = self.objective(noised, batch)
+        if v_old is not None:
+            metrics["old_deviate"] = velocity_mse_N(v.detach(), v_old)
         metrics |= {
             "matching_error": velocity_mse_N(v.detach(), noised.target),
             "z0_rms": batch.z_0.square().flatten(1).mean(1).sqrt(),

@@ -104,21 +104,26 @@ def dppo_loss_N(log_ratio_N: Tensor, kl_old_N: Tensor, advantage_N: Tensor, delt
 AWM_WEIGHTS = ("uniform", "t", "t2", "huber", "ghuber")
 
 
-def awm_loss_N(v: Tensor, target: Tensor, t_N: Tensor, advantage_N: Tensor, weighting: str) -> Tensor:
-    """A/5 times the weighted matching error: AWM (arXiv 2509.25050) on policy, where its ratio is 1 and its gradient this one's.
+def awm_weighted_N(error_N: Tensor, t_N: Tensor, weighting: str) -> Tensor:
+    """[N] float64 weighted matching error of AWM (arXiv 2509.25050), err = mean_d (v - target)^2.
 
-    err = mean_d (v - target)^2.  uniform: err;  t: t err;  t2: t^2 err;  huber: t (sqrt(err + 1e-10) - 1e-5);
+    uniform: err;  t: t err;  t2: t^2 err;  huber: t (sqrt(err + 1e-10) - 1e-5);
     ghuber: (t / p) [(err + 1e-10)^p - 1e-10^p], p = 1/4.
     """
-    error, t = (v - target.detach()).square().flatten(1).mean(1).double(), t_N.double()
-    weighted = {
+    error, t = error_N.double(), t_N.double()
+    return {
         "uniform": lambda: error,
         "t": lambda: t * error,
         "t2": lambda: t * t * error,
         "huber": lambda: t * ((error + 1e-10).sqrt() - 1e-5),
         "ghuber": lambda: 4 * t * ((error + 1e-10) ** 0.25 - 1e-10**0.25),
     }[weighting]()
-    return (advantage_N / ADVANTAGE_MAX * weighted).to(v.dtype)
+
+
+def awm_loss_N(weighted_N: Tensor, weighted_old_N: Tensor, advantage_N: Tensor, clip: float) -> Tensor:
+    """PPO clip of rho = exp(l - l_old) with A / 5, l = -weighted error: AWM. Where both are equal its gradient is that of A/5 err."""
+    log_ratio_N = weighted_old_N.detach() - weighted_N
+    return ppo_clip_loss_N(log_ratio_N, advantage_N / ADVANTAGE_MAX, clip, clip)
 
 
 def dgpo_loss_N(
@@ -137,6 +142,13 @@ def dgpo_loss_N(
     return group_weight * advantage_N * error_N, group_weight
 
 
+@torch.no_grad()
+def dgpo_clipped_N(error_N: Tensor, error_old_N: Tensor, advantage_N: Tensor, clip: float) -> Tensor:
+    """[N] bool, members that DGPO holds where they are: rho = exp(err_old - err) beyond 1 + clip with A > 0, or below 1 - clip."""
+    excess = torch.expm1(error_old_N - error_N)
+    return torch.where(advantage_N > 0, excess > clip, excess < -clip)
+
+
 def dpo_loss_P(winner_gain_P: Tensor, loser_gain_P: Tensor, beta: float) -> Tensor:
     """-log sigmoid((beta / 2) (gain_w - gain_l)), gain = err_ref - err, mean-reduced: Diffusion-DPO (arXiv 2311.12908, eq. 14)."""
     return -logsigmoid(beta / 2 * (winner_gain_P - loser_gain_P))
@@ -153,15 +165,20 @@ def velocity_mse_N(v: Tensor, v_ref: Tensor) -> Tensor:
     return (v - v_ref.detach()).square().flatten(1).mean(1)
 
 
-def nft_old_decay(kind: int, n: int) -> float:
-    """d in theta_old <- d theta_old + (1-d) theta after step n. 0: hard copy; 1: ramp to .5; 2: ramp to .999."""
+OLD_DECAYS = (0, 1, 2, 3)
+
+
+def old_policy_decay(kind: int, n: int) -> float:
+    """d in theta_old <- d theta_old + (1-d) theta after step n. 0: hard copy; 1: to .5; 2: to .999 (NFT); 3: to .3 (AWM, DGPO)."""
     if kind == 0:
         return 0.0
     if kind == 1:
         return min(0.001 * n, 0.5)
     if kind == 2:
         return 0.0 if n < 75 else min(0.0075 * (n - 75), 0.999)
-    raise ValueError(f"unknown decay type {kind} for the old policy; known: 0 (hard copy), 1 (to 0.5), 2 (to 0.999)")
+    if kind == 3:
+        return min(0.001 * n, 0.3)
+    raise ValueError(f"unknown decay type {kind} for the old policy; known: {', '.join(map(str, OLD_DECAYS))}")
 
 
 def ema_decay(n: int, cap: float) -> float:
@@ -170,5 +187,7 @@ def ema_decay(n: int, cap: float) -> float:
 
 
 def _check_clip(clip_lo: float, clip_hi: float) -> None:
-    if not (0 < clip_lo < 1 and clip_hi > 0):
-        raise ValueError(f"clip ranges must be positive and clip_lo below 1, got clip_lo={clip_lo}, clip_hi={clip_hi}")
+    if not (0 < clip_lo <= 1 and clip_hi > 0):
+        raise ValueError(
+            f"clip ranges must be positive and clip_lo at most 1, got clip_lo={clip_lo}, clip_hi={clip_hi}"
+        )

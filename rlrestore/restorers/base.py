@@ -121,7 +121,7 @@ class Restorer(ABC):
         """Photos [B, 3, H, W] in [0, 1] -> latent z_0; the inverse of decode up to its clamp."""
 
     def twin(self, role: str) -> nn.Module:
-        """Another frozen policy that starts as the denoiser is, for `role` scratch | old | reference.
+        """Another frozen policy that starts as the denoiser is, for `role` scratch | old | reference | behaviour.
 
         Its named parameters include those that training moves. Here a whole copy.
         """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FluxPipeline
 
 from rlrestore.diffusion.conversions import VariancePreserving, pack, unpack
-from rlrestore.diffusion.kernels import ode_step
+from rlrestore.diffusion.kernels import ddim_step, gaussian_logp_mean, log_ratio_mean, ode_step
 
 
 def test_one_state_in_two_units() -> None:
@@ -75,3 +77,56 @@ def test_tokens_are_in_the_pipelines_order() -> None:
     z = torch.arange(2 * 4 * 4 * 6, dtype=torch.float32).view(2, 4, 4, 6)
     assert torch.equal(pack(z), FluxPipeline._pack_latents(z, 2, 4, 4, 6))
     assert torch.equal(unpack(pack(z), 4, 6), z)
+
+
+def test_ddim_eta_in_a_models_own_coordinates_is_ddpos() -> None:
+    """The `ddim` kernel on z = y / (alpha + sigma) against the variance-preserving form that DDPO trains, by hand.
+
+    ab .3 -> .5, eta 1, x = (.5, -1), eps_hat = (.2, -.4), z = (.3, -.7): x0_hat = (x - sqrt(.7) eps_hat) / sqrt(.3);
+    S = sqrt(.5 / .7) sqrt(1 - .3 / .5) = .534522; mu = sqrt(.5) x0_hat + sqrt(.5 - S^2) eps_hat = (.522055, -1.044109);
+    x' = mu + S z = (.682411, -1.418275) with log-probability -.437557 an element.
+    """
+    vp = VariancePreserving(torch.tensor([0.5, 0.3], dtype=torch.float64), "epsilon")
+    t_next, t = (float(value) for value in vp.t_of_index)
+    times = [torch.tensor([t]), torch.tensor([t_next])]
+    y, noise = torch.tensor([[0.5, -1.0]]), torch.tensor([[0.3, -0.7]])
+    z = vp.from_state(y, times[0])
+
+    def step(eps_hat: torch.Tensor):
+        return ddim_step(z, vp.velocity(eps_hat, z, times[0]), t, t_next, 1.0)
+
+    ours = step(torch.tensor([[0.2, -0.4]]))
+    z_next = ours.mean + ours.std * noise
+    unit = float(vp.state(torch.ones(1, 1), times[1]))  # y' of z' = 1
+    assert float(ours.std) * unit == pytest.approx(0.534522, abs=1e-6)
+    assert vp.state(ours.mean, times[1])[0].tolist() == pytest.approx([0.522055, -1.044109], abs=1e-6)
+    assert vp.state(z_next, times[1])[0].tolist() == pytest.approx([0.682411, -1.418275], abs=1e-6)
+    # densities differ by the Jacobian of the unit alone, so that ratios and KL are the same numbers
+    logp = gaussian_logp_mean(z_next, ours.mean, ours.std) - math.log(unit)
+    assert float(logp) == pytest.approx(-0.437557, abs=1e-6)
+    other = step(torch.tensor([[0.25, -0.3]]))
+    scaled = (vp.state(value, times[1]) for value in (other.mean, ours.mean, z_next))
+    flow = log_ratio_mean(other.mean, ours.mean, z_next, ours.std)
+    torch.testing.assert_close(log_ratio_mean(*scaled, ours.std * unit), flow, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_ddim_eta_agrees_with_diffusers_along_a_schedule(eta: float) -> None:
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    scheduler.set_timesteps(10)
+    vp = VariancePreserving(scheduler.alphas_cumprod, "epsilon")
+    times = vp.trailing_times(10)
+    generator = torch.Generator().manual_seed(1)
+    y = torch.randn(1, 4, 8, 8, generator=generator)
+    for t, t_next, timestep in zip(times[:-2], times[1:-1], scheduler.timesteps[:-1], strict=True):
+        eps_hat, noise = (torch.randn(y.shape, generator=generator) for _ in range(2))
+        z = vp.from_state(y, torch.tensor([t]))
+        ours = ddim_step(z, vp.velocity(eps_hat, z, torch.tensor([t])), t, t_next, eta)
+        y = scheduler.step(eps_hat, timestep, y, eta=eta, variance_noise=noise).prev_sample
+        assert float((vp.state(ours.mean + ours.std * noise, torch.tensor([t_next])) - y).abs().max()) < 1e-4

@@ -365,3 +365,32 @@ def test_a_veto_takes_the_worst_advantage():
     c = credit([[0.0, 1.0, 2.0, 5.0]], 1, veto_N=vetoed)
     assert values(c) == pytest.approx([-0.400871, 0.133624, 0.668118, -0.400871], abs=1e-4)
     assert values(credit([[0.0, 1.0, 2.0, 5.0]], 1, veto_N=torch.ones(4, dtype=torch.bool))) == [0, 0, 0, 0]
+
+
+# ---- weights between groups
+
+
+def test_weights_between_groups_by_hand():
+    # stretched to [0, 1] the first group is 1 .875 .5 .375 .125 0 with std .363837, the second 1 .75 .5 .5 .25 0 with .322749;
+    # their mean is .343293
+    rewards = torch.tensor([[0.9, 0.8, 0.5, 0.4, 0.2, 0.1, 0.6, 0.55, 0.5, 0.5, 0.45, 0.4]])
+    valid = torch.ones_like(rewards, dtype=torch.bool)
+    found = group_credit(rewards, [1.0], valid, [True], 2, between="spread")
+    expected = torch.tensor([1.020544] * 6 + [0.979456] * 6)
+    torch.testing.assert_close(found.weight_N, expected, atol=1e-5, rtol=0)
+    equal = group_credit(rewards, [1.0], valid, [True], 2)
+    assert torch.equal(found.advantage_N, equal.advantage_N) and equal.weight_N.tolist() == [1.0] * 12
+    # a tied group: sigma 0 against .363837, mean .181919; and a reward below its floor has no say
+    tied = torch.cat([rewards[:, :6], torch.full((1, 6), 0.5)], 1)
+    weight_N = group_credit(tied, [1.0], valid, [True], 2, between="spread").weight_N
+    torch.testing.assert_close(weight_N, torch.tensor([1.181919] * 6 + [0.818081] * 6), atol=1e-5, rtol=0)
+    assert (
+        group_credit(rewards, [1.0], valid, [True], 2, between="spread", floor_R=[9.0]).weight_N.tolist() == [1.0] * 12
+    )
+
+
+def test_masked_members_and_dropped_groups_have_no_weight_between_groups_either():
+    rewards = torch.tensor([[0.9, 0.1, 0.5, 0.4, 0.2, 0.6]])
+    valid = torch.tensor([[True, True, False, True, False, False]])
+    found = group_credit(rewards, [1.0], valid, [True], 2, between="spread")
+    assert found.weight_N.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0] and found.dropped(2) == [1]

@@ -49,6 +49,20 @@ def test_draft_ends_where_the_rollout_ended(tmp_path: Path, last: int) -> None:
     assert float((z - latents.z_0).abs().max()) < NO_MOVE
 
 
+def test_recomputed_activations_give_the_same_step(tmp_path: Path) -> None:
+    env = build_env(tiny_config(tmp_path, "draft").env)
+    weights = []
+    for recompute in (False, True):
+        config = tiny_config(tmp_path, "draft", ["algorithm.last=2", f"algorithm.recompute={str(recompute).lower()}"])
+        crew = local(config)
+        _, (report,) = iterate(crew, config, env, 0)
+        assert report.rows["current"] == 16 * 2 * (
+            1 + recompute
+        )  # 16 rollouts, 2 steps; each once more in the backward
+        weights.append(crew.learner.weights("current"))
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_the_mix_that_is_climbed_is_the_one_that_is_scored(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "draft")
     terms = list(config.rewards.values())

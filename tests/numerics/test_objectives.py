@@ -8,13 +8,14 @@ from torch import Tensor
 
 from rlrestore.algorithms.objectives import (
     awm_loss_N,
+    awm_weighted_N,
     clip_flags_N,
     dgpo_loss_N,
     dppo_loss_N,
     ema_decay,
     guard_log_ratio_N,
     nft_loss_N,
-    nft_old_decay,
+    old_policy_decay,
     ppo_clip_loss_N,
     velocity_mse_N,
 )
@@ -79,7 +80,7 @@ def test_clip_flags_by_hand():
     assert blocked_N.tolist() == [1, 0, 0, 0, 1]  # high with A > 0, low with A < 0
 
 
-@pytest.mark.parametrize("bad", [(0.0, 1e-4), (1e-4, 0.0), (1.0, 1e-4), (math.nan, 1e-4)])
+@pytest.mark.parametrize("bad", [(0.0, 1e-4), (1e-4, 0.0), (1.5, 1e-4), (math.nan, 1e-4)])
 def test_ppo_refuses_an_empty_clip_range(bad):
     with pytest.raises(ValueError, match="clip"):
         ppo_clip_loss_N(LOG_RATIO, ADVANTAGE, *bad)
@@ -214,12 +215,13 @@ def test_velocity_mse_is_a_mean_a_sample():
 
 
 def test_decays_by_hand():
-    assert [nft_old_decay(0, n) for n in (0, 1000)] == [0, 0]
-    assert [nft_old_decay(1, n) for n in (0, 200, 500, 9999)] == pytest.approx([0, 0.2, 0.5, 0.5])
-    assert [nft_old_decay(2, n) for n in (74, 100, 208, 209)] == pytest.approx([0, 0.1875, 0.9975, 0.999])
+    assert [old_policy_decay(0, n) for n in (0, 1000)] == [0, 0]
+    assert [old_policy_decay(1, n) for n in (0, 200, 500, 9999)] == pytest.approx([0, 0.2, 0.5, 0.5])
+    assert [old_policy_decay(2, n) for n in (74, 100, 208, 209)] == pytest.approx([0, 0.1875, 0.9975, 0.999])
+    assert [old_policy_decay(3, n) for n in (0, 200, 300, 9999)] == pytest.approx([0, 0.2, 0.3, 0.3])
     assert [ema_decay(n, 0.9) for n in (0, 10, 75, 80, 999)] == pytest.approx([0.1, 0.55, 76 / 85, 0.9, 0.9])
-    with pytest.raises(ValueError, match="unknown decay type 3"):
-        nft_old_decay(3, 0)
+    with pytest.raises(ValueError, match="unknown decay type 4"):
+        old_policy_decay(4, 0)
 
 
 # ---- GRPO-Guard
@@ -270,15 +272,31 @@ def test_dppo_drops_what_leads_further_out_of_the_trust_region():
 
 @pytest.mark.parametrize(
     ("weighting", "value"),
-    # err = mean(.1^2, .3^2) = .05, t = .5, A / 5 = .4
+    # err = mean(.1^2, .3^2) = .05, t = .5
     [
         ("uniform", 0.05), ("t", 0.025), ("t2", 0.0125), ("huber", 0.5 * (math.sqrt(0.05) - 1e-5)),
         ("ghuber", 2 * (0.05**0.25 - 1e-10**0.25)),
     ],
 )  # fmt: skip
 def test_awm_by_hand(weighting, value):
-    loss = awm_loss_N(V_OLD, EPS - X0, T_N, torch.tensor([2.0]), weighting)
-    close(loss, [0.4 * value], atol=1e-8)
+    close(awm_weighted_N(torch.tensor([0.05], dtype=torch.float64), T_N, weighting), [value], atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    # l_old = -.0500, l = -.0498, so rho = exp(2e-4) = 1.00020002; A is divided by 5
+    ("advantage", "clip", "loss", "gradient"),
+    [
+        (5.0, 1.0, -1.00020002, 1.00020002),  # d(-rho)/d(weighted error) = rho: less error on a good sample
+        (5.0, 1e-5, -1.00001, 0.0),  # it has improved enough
+        (-5.0, 1e-5, 1.00020002, -1.00020002),  # a bad one is pushed back, however far it has come
+    ],
+)
+def test_awm_ratio_by_hand(advantage, clip, loss, gradient):
+    weighted = torch.tensor([0.0498], dtype=torch.float64, requires_grad=True)
+    value = awm_loss_N(weighted, torch.tensor([0.05], dtype=torch.float64), torch.tensor([advantage]), clip)
+    close(value.detach(), [loss], atol=1e-8)
+    value.sum().backward()
+    close(weighted.grad, [gradient], atol=1e-8)
 
 
 def test_forward_methods_share_their_gradient_on_policy():
@@ -300,8 +318,8 @@ def test_forward_methods_share_their_gradient_on_policy():
             lambda v, beta=beta: nft_loss_N(v, c["v_old"], c["x_t"], c["x0"], c["t_N"], advantage, beta, adaptive=False)
         )
         torch.testing.assert_close(nft, shared)
-    awm = gradient(lambda v: awm_loss_N(v, c["v_star"], c["t_N"], advantage, "uniform"))
+    at_old = error(c["v_old"])
+    awm = gradient(lambda v: awm_loss_N(awm_weighted_N(error(v), c["t_N"], "uniform"), at_old, advantage, 1.0))
     torch.testing.assert_close(5 * awm, shared)
-    at_reference = error(c["v_old"])
-    dgpo = gradient(lambda v: dgpo_loss_N(error(v), at_reference, advantage, ones, group, beta=50.0)[0])
+    dgpo = gradient(lambda v: dgpo_loss_N(error(v), at_old, advantage, ones, group, beta=50.0)[0])
     torch.testing.assert_close(2 * dgpo, shared)

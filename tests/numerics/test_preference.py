@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlrestore.algorithms.objectives import d3po_loss_P, dgpo_loss_N, dpo_loss_P
+from rlrestore.algorithms.dpo import Dpo, DpoConfig
+from rlrestore.algorithms.forward import Noised
+from rlrestore.algorithms.objectives import d3po_loss_P, dgpo_clipped_N, dgpo_loss_N, dpo_loss_P
 from rlrestore.algorithms.pairs import pair_rows, spread_over_groups
 from rlrestore.types import Row
 
@@ -126,3 +128,28 @@ def test_dgpo_leaves_invalid_members_out_of_the_sum() -> None:
     without = dgpo_loss_N(error[:2], torch.full((2,), 0.5), advantage[:2], torch.ones(2), torch.zeros(2), 10.0)[1]
     close(with_invalid[:2], without)
     assert float(without[0]) == pytest.approx(1 / (1 + math.exp(1)))  # (-.1 - .1) / 2 * 10
+
+
+def test_dgpo_holds_members_that_have_come_far_enough() -> None:
+    """rho = exp(err_old - err): .11 -> .10 is e^.01 = 1.01005, .10 -> .11 is .99005; e = .01."""
+    error, old = torch.tensor([0.10, 0.11, 0.10, 0.11, 0.10]), torch.tensor([0.11, 0.10, 0.11, 0.10, 0.10])
+    held = dgpo_clipped_N(error, old, torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]), 0.0099)
+    assert held.tolist() == [True, False, False, True, False]  # a good one nearer, a bad one further: enough of either
+
+
+def test_dpo_of_epsilon_errors() -> None:
+    """eps_hat = z_t + (1 - t) v, so at t = .25 its errors are .5625 times the velocity's; beta makes up for it."""
+    generator = torch.Generator().manual_seed(0)
+    v, target, reference = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(3))
+    noised = Noised(torch.zeros_like(v), torch.full((2,), 0.25), target, v, reference, None)
+    losses = [
+        Dpo(DpoConfig(error=error, beta=beta, pairs=1)).objective(noised, batch([0, 0], [1.0, -1.0]))[0]
+        for error, beta in (("velocity", 0.5625 * 0.3), ("epsilon", 0.3))
+    ]
+    close(losses[0], losses[1])
+    eps = v * (1 - 0.25)  # z_t is 0
+    gains = [
+        float((unit - (1 - 0.25) * target).square()[row].mean()) for row in (0, 1) for unit in (reference * 0.75, eps)
+    ]
+    inside = 0.15 * ((gains[0] - gains[1]) - (gains[2] - gains[3]))
+    close(losses[1], [math.log(1 + math.exp(-inside))] * 2)
