@@ -212,7 +212,7 @@ def summary_of(result: SetResult, section: ProtocolSection, metrics: Mapping[str
         for column in columns:
             values = result.array(name, column)
             entry["columns"][column] = {
-                "mean": _finite(np.nanmean(values)), "best": _finite(_extreme(values, spec.higher_is_better)),
+                "mean": _finite(np.nanmean(values) if np.isfinite(values).any() else np.nan), "best": _finite(_extreme(values, spec.higher_is_better)),
                 "worst": _finite(_extreme(values, not spec.higher_is_better)),
             }  # fmt: skip
         first = columns[1] if len(columns) > 1 else LQ
@@ -267,7 +267,8 @@ def table_of(name: str, summary: Mapping[str, Any]) -> str:
 
 def _extreme(values: np.ndarray, highest: bool) -> float:
     """Mean over photos of the best (or worst) of the draws."""
-    return float(np.nanmean((np.nanmax if highest else np.nanmin)(values, axis=1)))
+    scored = values[np.isfinite(values).any(axis=1)]
+    return float((np.nanmax if highest else np.nanmin)(scored, axis=1).mean()) if len(scored) else np.nan
 
 
 def _finite(value: float) -> float | None:

@@ -5,6 +5,8 @@ A cell is bytes, or Hugging Face's {"bytes", "path"}; only its bytes are used.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from envs.sources.manifests import columns
-from envs.sources.rows import FIELDS, BadRow, Row, check_id, parse_types, split_of_folders, types_of_folders
+from envs.sources.rows import FIELDS, BadRow, Row, check_id, inside, parse_types, split_of_folders, types_of_folders
 
 _TEXT = tuple(name for name in FIELDS if name not in ("id", "lq", "gt", "types"))
 
@@ -46,12 +48,29 @@ def read_hub_folder(root: Path) -> Iterator[Row | BadRow]:
 
     splits = [path.parent.name for path in sorted(root.glob("*/state.json"))] or [""]
     for split in splits:
+        _refuse_outside(root / split)
         data = load_from_disk(str(root / split))
         roles = columns(data.column_names, root)
         text = [name for name in data.column_names if name in (*_TEXT, "id", "types", "type")]
         told = data.select_columns(text).to_list() if text else [{}] * len(data)
         for number, row in enumerate(told):
             yield _row({"split": split, **row}, roles, split or ".", f"{split or root.name}/{number:08d}", number)
+
+
+def _refuse_outside(folder: Path) -> None:
+    """ValueError if the folder's state.json names files elsewhere, or links lead there: `datasets` would open them."""
+    file, real = folder / "state.json", os.path.realpath(folder)
+    try:
+        names = [str(item["filename"]) for item in json.loads(file.read_text(encoding="utf-8"))["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} does not say which files the data set has: save it again with `save_to_disk`"
+        ) from error
+    for name in names:
+        try:
+            inside(real, name)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
 
 def _row(told: dict[str, Any], roles: dict[str, str], place: str, name: str, number: int) -> Row | BadRow:

@@ -119,6 +119,8 @@ def _target(section: ProtocolSection) -> Path:
     folder = Path(section.dir or (Path(section.run) / "evaluations" if section.run else "evaluations")) / section.name
     if section.run and not Path(section.run).is_dir():
         raise InputError(f"protocol.run={section.run} does not exist: give the folder of a run")
+    if folder.exists() and not (folder / "result.json").is_file():
+        raise InputError(f"{folder} exists and is no report of an evaluation: choose another protocol.name")
     if folder.exists() and not section.overwrite:
         raise InputError(f"{folder} exists: set protocol.overwrite=true to replace it, or another protocol.name")
     return folder

@@ -362,6 +362,24 @@ def test_bad_rows_are_named_and_the_others_kept(tree: Path, tmp_path: Path) -> N
         ManifestEnv(ManifestConfig(str(tmp_path / "m.jsonl"), str(tmp_path / "root"), cache=str(tmp_path / "c")))
 
 
+def test_a_hub_folder_may_not_name_files_elsewhere(tree: Path, tmp_path: Path) -> None:
+    source, _ = pack("hub", tree, tmp_path)
+    state = json.loads((source / "state.json").read_text())
+    name = state["_data_files"][0]["filename"]
+    (source / name).rename(tmp_path / "elsewhere.arrow")
+    for told in ("../elsewhere.arrow", str(tmp_path / "elsewhere.arrow")):
+        (source / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": told}]}))
+        with pytest.raises(ValueError, match="leads out"):
+            open_index(source, cache=tmp_path / "c")
+    (source / "state.json").write_text(json.dumps(state))
+    (source / name).symlink_to(tmp_path / "elsewhere.arrow")
+    with pytest.raises(ValueError, match="leads out"):
+        open_index(source, cache=tmp_path / "c")
+    (source / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not say which files"):
+        open_index(source, cache=tmp_path / "c")
+
+
 def test_a_link_made_later_is_refused_when_read(tree: Path, tmp_path: Path) -> None:
     save(tmp_path / "root" / "a.png", picture(0))
     save(tmp_path / "secret.png", picture(1))
