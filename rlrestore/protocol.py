@@ -212,7 +212,7 @@ def summary_of(result: SetResult, section: ProtocolSection, metrics: Mapping[str
         for column in columns:
             values = result.array(name, column)
             entry["columns"][column] = {
-                "mean": _finite(np.nanmean(values) if np.isfinite(values).any() else np.nan), "best": _finite(_extreme(values, spec.higher_is_better)),
+                "mean": _finite(_mean(values)), "best": _finite(_extreme(values, spec.higher_is_better)),
                 "worst": _finite(_extreme(values, not spec.higher_is_better)),
             }  # fmt: skip
         first = columns[1] if len(columns) > 1 else LQ
@@ -263,6 +263,10 @@ def table_of(name: str, summary: Mapping[str, Any]) -> str:
             told = entry["differences"][keys[-1]]
             lines.append(f"| {metric} | " + " | ".join(_interval(told.get(label)) for label in summary["types"]) + " |")
     return "\n".join([*lines, ""])
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
 
 
 def _extreme(values: np.ndarray, highest: bool) -> float:
