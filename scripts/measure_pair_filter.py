@@ -2,7 +2,7 @@
 
     python scripts/measure_pair_filter.py
 
-36 crops of 256 px of the wheels' photographs are degraded by four recipes; the "editor" answers with the clean crop (good),
+18 crops of 256 px of the wheels' photographs are degraded by four recipes; the "editor" answers with the clean crop (good),
 half of the way there, or a fault. Printed: the share that the filter rejects at its default bounds, and which checks did it.
 """
 
@@ -12,11 +12,11 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
 from envs.degradations import DEGRADATIONS
 from envs.degradations.jpeg import from_uint8_hwc, to_uint8_hwc
+from envs.faults import plant
 from envs.images import load_rgb
 from envs.photos import wheel_photos
 from envs.pipeline.align import align
@@ -24,7 +24,7 @@ from envs.pipeline.config import FilterSection
 from envs.pipeline.filters import measure, reasons
 from envs.rng import generator_for
 
-SIDE, PER_PHOTO = 256, 4
+SIDE, PER_PHOTO = 256, 2
 TEXTURES = (
     "brick",
     "grass",
@@ -34,7 +34,11 @@ TEXTURES = (
     "motorcycle_right",
 )  # no scenes, or one scene twice
 RECIPES = ("mild", "realesrgan", "haze", "lowlight")
-KINDS = ("good", "half", "shift 4 px", "shift 12 px", "blurred", "copy", "scene", "patch", "text", "frame", "colour")
+BLURS = {"blurred 1.2 px": 1.2, "blurred 2 px": 2.0, "blurred 3 px": 3.0}
+KINDS = (
+    "good", "half", "shift 4 px", "shift 12 px", *BLURS, "LQ blurred", "copy", "scene", "patch", "erase", "clone", "warp", "text",
+    "frame", "colour",
+)  # fmt: skip
 
 
 def crops() -> list[np.ndarray]:
@@ -50,6 +54,8 @@ def crops() -> list[np.ndarray]:
 
 def answer(kind: str, gt: np.ndarray, lq: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """What an editor with this fault returns."""
+    if kind in BLURS:
+        return gaussian_filter(gt, (BLURS[kind], BLURS[kind], 0))
     out = gt.copy()
     match kind:
         case "half":
@@ -58,19 +64,14 @@ def answer(kind: str, gt: np.ndarray, lq: np.ndarray, other: np.ndarray, rng: np
             return np.roll(gt, (3, -3), (0, 1))
         case "shift 12 px":
             return np.roll(gt, (8, 9), (0, 1))
-        case "blurred":
-            return gaussian_filter(gt, (2.5, 2.5, 0))
+        case "LQ blurred":
+            return gaussian_filter(lq, (1.5, 1.5, 0))
         case "copy":
             return lq
         case "scene":
             return other
-        case "patch":  # a tenth of the picture shows something else
-            y, x = rng.integers(0, SIDE - 80, 2)
-            out[y : y + 80, x : x + 80] = other[y : y + 80, x : x + 80]
-        case "text":
-            image = Image.fromarray(gt)
-            ImageDraw.Draw(image).text((40, 120), "WRONG TEXT", fill=(255, 255, 255), font_size=32)
-            return np.array(image)
+        case "patch" | "erase" | "clone" | "warp" | "text":  # some place of a tenth to a third of the side
+            return to_uint8_hwc(plant(from_uint8_hwc(gt), from_uint8_hwc(other), rng, kind))
         case "frame":
             out[:8] = out[-8:] = 0
         case "colour":
@@ -96,7 +97,7 @@ def main() -> None:
                 rejected += bool(found)
                 by.update(reason.split()[0] for reason in found)
             few = ", ".join(f"{name} {n}" for name, n in by.most_common(3))
-            print(f"{recipe:12}{kind:14}{rejected:3} of {len(clean)}  {few}")
+            print(f"{recipe:12}{kind:16}{rejected:3} of {len(clean)}  {few}", flush=True)
 
 
 if __name__ == "__main__":

@@ -75,9 +75,12 @@ class FilterSection:
     chroma: float | None = 0.02  # drift, for types whose colour must stay
     lowfreq: float | None = 0.10  # mean absolute difference of blurred luminance, likewise
     clip: float | None = 0.03  # more saturated pixels than the LQ has
-    sharpness: float | None = 0.8  # gradient energy of the result over the LQ's, both without noise
-    structure: float | None = (
-        0.35  # correlation of a block's structure with the LQ's, in the worst of the telling blocks
+    crispness: float | None = 0.2  # energy of detail of 1 to 3 px over that of 4 to 12 px, of the result alone
+    softening: float | None = 1.08  # detail of 4 to 8 px of the LQ over that of the result; 1: as sharp as the LQ
+    structure: float | None = 0.4  # correlation with the LQ's structure, of the median block: another scene has none
+    added: float | None = 3.1  # the place of the result that the LQ explains worst, over the worst tenth of the picture
+    lost: float | None = (
+        3.0  # the place of the LQ that the result explains worst, likewise; not of rain, snow, scratches
     )
 
 

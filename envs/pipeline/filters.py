@@ -1,7 +1,7 @@
 """The metric filter: cheap checks of an aligned candidate against its LQ. Each gives a value; a bound makes it a reason.
 
-The checks are for faults that a number can see: nothing done, moved, framed, recoloured, clipped, blurred, another scene. That a
-face is another person's, or a word another word, is for the VLM to see.
+The checks are for faults that a number can see: nothing done, moved, framed, recoloured, clipped, blurred, something put in or taken
+out. That a face is another person's is for the VLM to see. docs/data_build.md has how often each fault is found.
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, uniform_filter
 from skimage.metrics import structural_similarity
 
 from envs.pipeline.align import Aligned
 from envs.pipeline.config import FilterSection
 from envs.pipeline.prompts import COLOUR_MAY_CHANGE
 
+_SIDE, _CRISP_SIDE = 256, 512  # px: larger pictures are reduced before structure, and sharpness, are looked at
+_WINDOW_PX = 33
 _BLOCKS = 8  # a side: structure is compared block by block
 _TELLING = 0.5  # blocks with less structure than this part of the median say nothing
+MAY_LOSE = frozenset(
+    {"flare", "oldphoto", "rain", "raindrop", "reflection", "shadow", "snow"}
+)  # there the LQ shows more
 # Which side of its bound a check must stay on.
-UPPER = ("no_op", "shift", "border", "chroma", "lowfreq", "clip")
-LOWER = ("sharpness", "structure")
+UPPER = ("no_op", "shift", "border", "chroma", "lowfreq", "clip", "softening", "added", "lost")
+LOWER = ("crispness", "structure")
 
 
 def measure(pair: Aligned) -> dict[str, float]:
@@ -37,18 +42,23 @@ def measure(pair: Aligned) -> dict[str, float]:
         "chroma": _chroma_drift(lq, gt),
         "lowfreq": float(np.abs(gaussian_filter(grey_gt, 13 / 3) - gaussian_filter(grey_lq, 13 / 3)).mean()),
         "clip": _clipped(pair.gt) - _clipped(pair.lq),
-        "sharpness": _sharpness(grey_gt) / max(_sharpness(grey_lq), 1e-6),
-        "structure": _structure(grey_lq, grey_gt),
+        "crispness": _crispness(_at_most(grey_gt, _CRISP_SIDE)),
+        "softening": _softening(_at_most(grey_lq, _CRISP_SIDE), _at_most(grey_gt, _CRISP_SIDE)),
+        "structure": _structure(_at_most(grey_lq, _SIDE), _at_most(grey_gt, _SIDE)),
+        "added": _unexplained(_at_most(grey_gt, _SIDE), _at_most(grey_lq, _SIDE), 3.0),
+        "lost": _unexplained(_at_most(grey_lq, _SIDE), _at_most(grey_gt, _SIDE), 2.0),
     }
 
 
 def reasons(values: Mapping[str, float], bounds: FilterSection, types: str) -> list[str]:
     """What is out of bounds, each as "name value bound"."""
-    free = bool(COLOUR_MAY_CHANGE & set(types.split("|")))
+    names = set(types.split("|"))
+    skipped = {"chroma", "lowfreq"} if COLOUR_MAY_CHANGE & names else set()
+    skipped |= {"lost"} if MAY_LOSE & names else set()
     found = []
     for name, value in values.items():
         bound = getattr(bounds, name)
-        if bound is None or (free and name in ("chroma", "lowfreq")):
+        if bound is None or name in skipped:
             continue
         if (name in UPPER and value > bound) or (name in LOWER and value < bound):
             found.append(f"{name} {value:.4g} {'above' if name in UPPER else 'below'} {bound:g}")
@@ -75,21 +85,30 @@ def _clipped(pixels: np.ndarray) -> float:
     return float(((pixels == 0) | (pixels == 255)).all(axis=2).mean())
 
 
-def _sharpness(grey: np.ndarray) -> float:
-    """Mean gradient of edges after a blur of 1.5 px, which takes away noise and leaves edges (contrast normalised)."""
-    smooth = gaussian_filter(grey, 1.5)
-    dy, dx = np.gradient(smooth)
-    gradient = np.hypot(dy, dx)
-    return float(np.quantile(gradient, 0.95) / max(smooth.std(), 0.02))
+def _crispness(grey: np.ndarray) -> float:
+    """Energy of fine detail (1 to 3 px) over that of coarse (4 to 12 px): what a blur of 2 px halves, whatever the LQ was like."""
+    return _energy(_band(grey, 0.7, 1.4)) / max(_energy(_band(grey, 2.8, 5.6)), 1e-6)
+
+
+def _softening(lq: np.ndarray, gt: np.ndarray) -> float:
+    """How much of the LQ's detail of 4 to 8 px the result has lost: 1 is as sharp as the LQ, below is sharper.
+
+    The slope of the LQ's band on the result's, against that of the next coarser band (which takes out contrast and haze). Noise of the
+    LQ is in no slope, because the result does not have it.
+    """
+    slopes = []
+    for fine, coarse in ((2.0, 4.0), (4.0, 8.0)):
+        a, b = _band(lq, fine, coarse), _band(gt, fine, coarse)
+        slopes.append(float((a * b).mean() / ((b * b).mean() + 1e-7)))
+    return slopes[0] / max(slopes[1], 1e-3)
 
 
 def _structure(lq: np.ndarray, gt: np.ndarray) -> float:
-    """The 5 % quantile, over blocks that have structure in the LQ or the result, of the correlation of both blocks.
+    """The median, over blocks that have structure in the LQ or the result, of the correlation of both blocks: low for another scene.
 
-    Low where something was put in, taken out or moved. Both views are blurred first, so that noise does not count.
+    Both views are blurred first, so that noise does not count.
     """
-    scale = max(1, min(lq.shape) // 256)
-    views = [gaussian_filter(view, 2.0 * scale)[::scale, ::scale] for view in (lq, gt)]
+    views = [gaussian_filter(view, 2.0) for view in (lq, gt)]
     height, width = (side // _BLOCKS for side in views[0].shape)
     stacks = [
         view[: height * _BLOCKS, : width * _BLOCKS]
@@ -103,4 +122,37 @@ def _structure(lq: np.ndarray, gt: np.ndarray) -> float:
     strongest = np.maximum(spread[0] / max(spread[0].mean(), 1e-6), spread[1] / max(spread[1].mean(), 1e-6))
     telling = strongest > _TELLING * np.median(strongest)
     together = (centred[0] * centred[1]).mean(1) / np.maximum(spread[0] * spread[1], 1e-6)
-    return float(np.quantile(together[telling], 0.05))
+    return float(np.median(together[telling]))
+
+
+def _unexplained(view: np.ndarray, other: np.ndarray, blur_px: float) -> float:
+    """How far the place where `other` explains `view` worst stands out from the rest of the picture.
+
+    Explained is what a straight line makes of the other's values within some 30 px, after a blur of both that takes out noise and
+    most of the difference in sharpness. The largest residual (averaged over some 8 px) is divided by that of the worst tenth of the
+    picture: edges are badly explained everywhere, an object that was put in or a word that was changed in one place.
+    """
+    x, y = gaussian_filter(other, blur_px), gaussian_filter(view, blur_px)
+    mean_x, mean_y = _around(x), _around(y)
+    slope = (_around(x * y) - mean_x * mean_y) / (_around(x * x) - mean_x**2 + 1e-4)
+    residual = gaussian_filter(np.abs(y - mean_y - slope * (x - mean_x)), 4.0)
+    return float(residual.max() / (np.quantile(residual, 0.9) + 0.003))
+
+
+def _around(values: np.ndarray) -> np.ndarray:
+    return uniform_filter(uniform_filter(values, _WINDOW_PX), _WINDOW_PX)
+
+
+def _band(grey: np.ndarray, fine_px: float, coarse_px: float) -> np.ndarray:
+    return gaussian_filter(grey, fine_px) - gaussian_filter(grey, coarse_px)
+
+
+def _energy(values: np.ndarray) -> float:
+    return float(np.sqrt((values**2).mean()))
+
+
+def _at_most(grey: np.ndarray, side_px: int) -> np.ndarray:
+    """Reduced by a whole number until the shorter side is below twice `side_px`; each pixel is the mean of a block."""
+    n = max(1, min(grey.shape) // side_px)
+    height, width = (side // n * n for side in grey.shape)
+    return grey[:height, :width].reshape(height // n, n, width // n, n).mean((1, 3))

@@ -149,7 +149,7 @@ def write_config(api: FakeApi, source: Path, out: Path, name: str = "b") -> Path
     path.write_text(
         f"build: {{name: {name}, source: {source}, dir: {out}/builds, licence: CC0-1.0, min_side: 128}}\n"
         + "".join(f"{part}: {section}\n" for part in ("assess", "generate", "judge"))
-        + "filter: {structure: -0.3, sharpness: 0.7, clip: 0.2}\n"  # tests the plumbing; docs/data_build.md has the rates
+        + "filter: {added: null, lost: null, clip: 0.2}\n"  # tests the plumbing; docs/data_build.md has the rates
     )
     return path
 
@@ -179,7 +179,7 @@ def test_every_fault_ends_in_its_place(lq_folder, world: World, tmp_path: Path) 
         built = run_build(config, [])
         found = reasons(built)
         for n, words in {
-            1: "rejected generate refused", 2: "rejected filter shift", 3: "rejected filter sharpness",
+            1: "rejected generate refused", 2: "rejected filter shift", 3: "rejected filter crispness",
             4: "rejected filter", 5: "rejected filter no_op", 6: "rejected align the answer", 7: "rejected align came as 200x256",
             8: "rejected judge F 25 below 80; veto: face", 9: "review judge votes differ by 35",
             10: "rejected judge judge: no reply could be read", 11: "accepted",
@@ -315,7 +315,8 @@ def test_the_packaged_restorer_as_provider(lq_folder, tmp_path: Path) -> None:  
     config = tmp_path / "local.yaml"
     config.write_text(
         f"build: {{name: l, source: {source}, dir: {tmp_path}/builds, licence: CC0-1.0, min_side: 128, reviewed: none}}\n"
-        "assess: {kind: fixed}\ngenerate: {kind: local}\njudge: {kind: none}\nfilter: {structure: null, sharpness: null, clip: null}\n"
+        "assess: {kind: fixed}\ngenerate: {kind: local}\njudge: {kind: none}\n"
+        "filter: {structure: null, crispness: null, softening: null, added: null, lost: null, clip: null}\n"
     )
     built = run_build(config, [])
     assert built.dataset is not None

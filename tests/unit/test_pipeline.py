@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from envs.pipeline.align import align, measured_shift
 from envs.pipeline.config import ApiSection, BudgetSection, FilterSection
@@ -58,11 +59,16 @@ def test_sizes_are_brought_back_and_aspects_are_not(photo: np.ndarray) -> None:
 
 def test_values_of_a_copy(photo: np.ndarray) -> None:
     values = measure(align(photo, photo, 0.02))
-    exact = {"no_op": 1.0, "shift": 0.0, "border": 0.0, "chroma": 0.0, "lowfreq": 0.0, "clip": 0.0, "sharpness": 1.0}
+    exact = {"no_op": 1.0, "shift": 0.0, "border": 0.0, "chroma": 0.0, "lowfreq": 0.0, "clip": 0.0}
     assert values == {
         **{key: pytest.approx(value) for key, value in exact.items()},
         "structure": pytest.approx(1.0, abs=1e-6),
+        "softening": pytest.approx(1.0, abs=0.05),  # 1 but for the 1e-7 that keeps a flat picture finite
+        "crispness": values["crispness"],
+        "added": values["added"],
+        "lost": values["lost"],
     }
+    assert max(values["added"], values["lost"]) < 2.0
     assert reasons(values, FilterSection(), "mix") == ["no_op 1 above 0.97"]
     assert reasons(values, FilterSection(no_op=None), "mix") == []
 
@@ -74,6 +80,42 @@ def test_colour_may_change_where_the_type_allows_it(photo: np.ndarray) -> None:
     assert values["chroma"] == pytest.approx(0.0784 * 2**0.5, abs=1e-3)
     assert any(reason.startswith("chroma") for reason in reasons(values, FilterSection(), "rain"))
     assert not any(reason.startswith("chroma") for reason in reasons(values, FilterSection(), "haze"))
+
+
+def noisy(view: np.ndarray, sigma_px: float) -> np.ndarray:
+    """An LQ: blurred, with noise of 8 / 255."""
+    noise = np.random.default_rng(0).normal(0, 8, view.shape)
+    return (gaussian_filter(view.astype(float), (sigma_px, sigma_px, 0)) + noise).clip(0, 255).round().astype(np.uint8)
+
+
+def test_a_blurred_result_is_softer_than_its_lq_and_a_good_one_is_not(photo: np.ndarray) -> None:
+    good = measure(align(noisy(photo, 1.0), photo, 0.02))
+    soft = measure(align(noisy(photo, 1.0), gaussian_filter(photo, (2.5, 2.5, 0)), 0.02))
+    # A blur of s px leaves exp(-2 pi^2 s^2 f^2) of frequency f; of waves of 12 px, the middle of the fine band, that is 0.42 at
+    # 2.5 px and 0.87 at 1 px: the LQ has twice the detail of the blurred result (less what the coarse band lost as well), and less
+    # than the good one.
+    assert good["softening"] < 1.0 < 1.15 < soft["softening"]
+    assert soft["crispness"] < 0.5 * good["crispness"]
+    assert reasons(good, FilterSection(), "mix") == []
+    assert any(reason.startswith("softening") for reason in reasons(soft, FilterSection(), "mix"))
+
+
+def test_what_is_put_in_or_taken_out_at_one_place_stands_out(photo: np.ndarray) -> None:
+    lq = noisy(photo, 1.5)
+    added = photo.copy()
+    added[100:140, 60:68] = added[100:108, 60:100] = 255 - added[100:108, 60:100].mean().round().astype(
+        np.uint8
+    )  # an L of strokes
+    values = measure(align(lq, added, 0.02))
+    assert values["added"] > 3.1, values
+    lost = measure(align(added, photo, 0.02))
+    assert any(reason.startswith("lost") for reason in reasons(lost, FilterSection(), "mix"))
+    assert not any(reason.startswith("lost") for reason in reasons(lost, FilterSection(), "rain")), "streaks are to go"
+
+
+def test_another_scene_has_no_structure_in_common(photo: np.ndarray) -> None:
+    values = measure(align(photo, np.ascontiguousarray(photo[::-1, ::-1]), 0.02))
+    assert any(reason.startswith("structure") for reason in reasons(values, FilterSection(), "mix"))
 
 
 def test_a_frame_is_measured_in_parts_of_the_side(photo: np.ndarray) -> None:
