@@ -18,6 +18,7 @@ from rewards.embedded_judge.reward import EmbeddedJudgeParams, JudgeHallucinatio
 from rewards.iqa import PyiqaParams, PyiqaReward
 from rewards.ll_score.reward import LLScoreHallucination, LLScoreParams, LLScoreQuality
 from rewards.naturalness import Niqe, NiqeParams, Nss, NssParams
+from rewards.penalties.anchor import Anchored, AnchoredParams
 from rewards.penalties.colour_drift import ColourDrift, ColourDriftParams
 from rewards.penalties.consistency import Consistency, ConsistencyParams
 from rewards.penalties.face_identity import FaceIdentity, FaceIdentityParams
@@ -39,6 +40,7 @@ from rewards.vlm.reward import (
 
 ENTRY_POINTS = "rlrestore.rewards"
 REWARDS: dict[str, tuple[type, type[Reward]]] = {
+    "anchored": (AnchoredParams, Anchored),
     "colour_drift": (ColourDriftParams, ColourDrift),
     "composite": (ReferenceParams, Composite),
     "consistency": (ConsistencyParams, Consistency),

@@ -23,6 +23,8 @@ from rewards.embedded_judge.network import JudgeConfig
 from rewards.embedded_judge.reward import EmbeddedJudgeParams, JudgeHallucination, JudgeQuality
 from rewards.judges.losses import JudgeLoss
 from rewards.judges.trainer import JudgeTrainer, TrainConfig
+from rewards.penalties.anchor import FACTS, AnchorConfig, Anchored, AnchoredParams, save_anchor, train_anchor
+from rewards.penalties.backbones import EFFICIENTNET
 from rewards.registry import build_reward
 from rlrestore.config_files import ConfigError, dump, read_yaml, typed
 
@@ -64,6 +66,17 @@ class LLScoreSection:
 
 
 @dataclass
+class AnchorSection:
+    """`judge: {kind: anchor}`: the consistency head of the reward `anchored`, on a photo arena."""
+
+    arena: str = "data/arena/train"
+    test: str | None = "data/arena/test"  # null: do not measure
+    backbone: str = EFFICIENTNET
+    worst: float = 0.25
+    fault_weight: float = 1.0
+
+
+@dataclass
 class JudgeTrainConfig:
     run: JudgeRunConfig
     judge: Any
@@ -71,7 +84,7 @@ class JudgeTrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-SECTIONS = {"judge": {"embedded": EmbeddedJudgeSection, "ll_score": LLScoreSection}}
+SECTIONS = {"judge": {"anchor": AnchorSection, "embedded": EmbeddedJudgeSection, "ll_score": LLScoreSection}}
 
 
 def load_judge_config(path: str | Path, overrides: Sequence[str] = ()) -> JudgeTrainConfig:
@@ -87,7 +100,9 @@ def train_judge(config: JudgeTrainConfig) -> Path:
     (working / "judge").mkdir(parents=True)
     (working / "config.resolved.yaml").write_text(dump(config), "utf-8")
     try:
-        result = {"embedded": _train_embedded, "ll_score": _train_ll_score}[config.judge.kind](config, working)
+        result = {"anchor": _train_anchor, "embedded": _train_embedded, "ll_score": _train_ll_score}[config.judge.kind](
+            config, working
+        )
     except ValueError as error:
         raise ConfigError(f"judge: {error}") from error
     (working / "result.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
@@ -126,6 +141,30 @@ def evaluate_embedded(judge: Path, test: Path, baselines: Sequence[str] = ("nss"
     return report | {name: arena_report(judge_arena(sources, build_reward(name))) for name in baselines}
 
 
+def _train_anchor(config: JudgeTrainConfig, folder: Path) -> dict[str, Any]:
+    section: AnchorSection = config.judge.config
+    train = config.train
+    if set(train.lr) != {"head"}:
+        raise ConfigError(f"train.lr has rates for {sorted(train.lr)}; an anchor has the part head: lr: {{head: 1e-3}}")
+    sources = read_arena(Path(section.arena))
+    made = AnchorConfig(section.backbone, section.worst, section.fault_weight)
+    anchor, losses = train_anchor(sources, made, train.steps, train.sources, train.lr["head"], train.seed)
+    with (folder / "train.jsonl").open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate(losses, start=1))
+    save_anchor(anchor, folder / "judge")
+    result: dict[str, Any] = {"sources": len(sources), "loss": sum(losses[-20:]) / len(losses[-20:])}
+    return result | (evaluate_anchor(folder / "judge", Path(section.test)) if section.test else {})
+
+
+def evaluate_anchor(judge: Path, test: Path) -> dict[str, Any]:
+    """The head and an untrained distance beside it: what each makes of planted faults and of quality."""
+    sources, anchored = read_arena(test), Anchored(AnchoredParams(str(judge)))
+    return {
+        "anchored": arena_report(judge_arena(sources, anchored)),
+        "semantic": arena_report(judge_arena(sources, build_reward("semantic"))),
+    }
+
+
 def _train_ll_score(config: JudgeTrainConfig, folder: Path) -> dict[str, Any]:
     from rewards.ll_score.train import train_ll_score
 
@@ -150,4 +189,4 @@ def evaluate_judge(judge: Path, data: Path) -> dict[str, Any]:
         from rewards.ll_score.train import bench_report, judge_bench
 
         return bench_report(judge_bench(load_ll_score(judge), read_llbench(data)))
-    return evaluate_embedded(judge, data)
+    return evaluate_anchor(judge, data) if (judge / FACTS).is_file() else evaluate_embedded(judge, data)

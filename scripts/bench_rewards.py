@@ -5,7 +5,7 @@
 
 Pictures are made here: crops of the photographs in the wheels that no weights were trained on, mildly degraded; of each the packaged
 restorer's samples and mean, a filter, and one of the samples with each fault of envs/faults.py planted. Every reward runs in a
-process of its own, with one thread.
+process of its own (a fork), with one thread.
 
 AUROC of a fault: how often a faulty picture scores worse than the restorer's sound samples of the same LQ (ties count half), as a
 group would see it; `any` is the mean over the faults. SRCC: rank correlation with `composite` over the sound pictures of an LQ, mean
@@ -17,23 +17,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from envs.faults import FAULTS, plant
 from envs.photos import PhotosConfig, PhotosEnv
 from envs.rng import generator_for
-from envs.types import Restoration, Task
+from envs.types import Restoration
 from rewards.composite import composite
 from rewards.filters import gaussian_blur
 from rewards.judges.metrics import srcc
@@ -69,29 +66,6 @@ def make_pictures(sources: int, seed: int) -> list[dict[str, Any]]:
         faulty = {kind: plant(sound[0], other, generator_for(seed, i, k), kind) for k, kind in enumerate(FAULTS)}
         made.append({"task": task, "sound": sound, "faulty": faulty})
     return made
-
-
-def write_pictures(sources: list[dict[str, Any]], path: Path) -> None:
-    tensors, types = {}, []
-    for i, source in enumerate(sources):
-        task = source["task"]
-        types.append([task.id, list(task.types)])
-        tensors |= {f"{i}/lq": task.lq, f"{i}/gt": task.gt, f"{i}/sound": source["sound"]}
-        tensors |= {f"{i}/{kind}": picture for kind, picture in source["faulty"].items()}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path, {"tasks": json.dumps(types)})
-
-
-def read_pictures(path: Path) -> list[dict[str, Any]]:
-    with safe_open(path, "pt") as file:
-        rows = json.loads(file.metadata()["tasks"])
-        return [
-            {
-                "task": Task(name, file.get_tensor(f"{i}/lq"), tuple(types), gt=file.get_tensor(f"{i}/gt")),
-                "sound": file.get_tensor(f"{i}/sound"),
-                "faulty": {kind: file.get_tensor(f"{i}/{kind}") for kind in FAULTS},
-            }
-            for i, (name, types) in enumerate(rows)
-        ]
 
 
 def measure(name: str, sources: list[dict[str, Any]]) -> dict[str, Any]:
@@ -147,30 +121,35 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def in_a_fork(name: str, sources: list[dict[str, Any]]) -> dict[str, Any]:
+    """`measure` in a child of this process, which has the pictures and the imports: what it adds to memory is the reward's."""
+    context = multiprocessing.get_context("fork")
+    mine, other = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: other.send(measure(name, sources)))
+    child.start()
+    other.close()
+    try:
+        return mine.recv()
+    except EOFError:
+        return {"absent": "its process died"}
+    finally:
+        child.join()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sources", type=int, default=24)
     parser.add_argument("--only", help="kinds, with commas; pyiqa:METRIC for one of pyiqa's")
     parser.add_argument("--out", type=Path, help="also write the rows to this JSON file")
     parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--pictures", type=Path, help="(for its own processes)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.pictures:
-        print(json.dumps(measure(options.only, read_pictures(options.pictures))))
-        return
     if options.out and options.out.exists():
         parser.error(f"{options.out} exists already")
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(folder) / "pictures.safetensors"
-        write_pictures(make_pictures(options.sources, options.seed), pictures)
-        rows = {}
-        for name in options.only.split(",") if options.only else names():
-            command = [sys.executable, __file__, "--pictures", str(pictures), "--only", name]
-            done = subprocess.run(command, capture_output=True, text=True)
-            last = done.stdout.strip().splitlines()[-1:] or ["{}"]
-            rows[name] = json.loads(last[0]) if done.returncode == 0 else {"absent": done.stderr.strip()[-160:]}
-            print(f"{name:<24} {rows[name]}", file=sys.stderr, flush=True)
+    sources, rows = make_pictures(options.sources, options.seed), {}
+    for name in options.only.split(",") if options.only else names():
+        rows[name] = in_a_fork(name, sources)
+        print(f"{name:<24} {rows[name]}", file=sys.stderr, flush=True)
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     print(table(rows))

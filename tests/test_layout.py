@@ -47,6 +47,7 @@ WITHOUT_CONFIG: dict[str, str] = {
         ("flux2_klein", "flux_controlnet", "ldm_sr", "qwen_image_edit_plus", "sd_upscale"),
         "opened as its neighbours in docs/families.md are, and there is no published RL setting to write down",
     ),
+    "anchored": "needs a head that somebody trained with configs/judges/anchor.yaml; docs/judges.md shows the lines",
 }
 
 NOT_LOCKED = {"face", "track"}  # extras that `make` does not install

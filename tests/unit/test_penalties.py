@@ -192,3 +192,38 @@ def test_a_missing_package_is_named(kind: str, module: str, extra: str, monkeypa
     assert reward_spec(kind).name == kind  # the driver may look
     with pytest.raises(ValueError, match=rf"is not installed: pip install 'rlrestore\[{extra}\]'"):
         build_reward(kind)
+
+
+def test_an_anchor_learns_which_place_is_which(tmp_path: Path) -> None:
+    """On blocks of random colour: a place finds itself, and a pasted block is seen better than before training."""
+    from transformers import ViTConfig, ViTModel
+
+    from rewards.embedded_judge.arena import Source
+    from rewards.penalties.anchor import AnchorConfig, save_anchor, train_anchor
+
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**size, image_size=64, patch_size=8), add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+    sources = []
+    for i in range(8):
+        clean = torch.nn.functional.interpolate(noise(i, 8)[None], 64)[0]
+        faulty = clean.clone()
+        faulty[:, :24, :24] = clean[:, 40:, 40:]
+        images = torch.stack([clean, clean + 0.05 * (noise(i + 50) - 0.5), faulty]).clamp(0, 1)
+        lq = (clean + 0.2 * (noise(i + 90) - 0.5)).clamp(0, 1)
+        pixels = [(255 * z).round().to(torch.uint8) for z in (lq, clean, images)]
+        sources.append(Source(str(i), *pixels, torch.zeros(3), ("policy",) * 3, ("", "", "clone")))
+    config = AnchorConfig(f"transformers:{tmp_path / 'vit'}")
+    _, losses = train_anchor(sources, config, 60, 4, 3e-3, 0)
+    anchor, again = train_anchor(sources, config, 60, 4, 3e-3, 0)
+    assert losses == again and losses[-1] < losses[0] - 1  # nats; chance is ln 256 = 5.5
+    save_anchor(anchor, tmp_path)
+    reward = build_reward("anchored", {"weights": str(tmp_path)})
+    items = [
+        Restoration(Task(s.id, s.lq / 255, ()), image / 255) for s in sources for image in (s.images[1], s.images[2])
+    ]
+    value = reward.score(items).value_N
+    assert (value[0::2] > value[1::2]).all()
+    check_values(reward, items)
+    with pytest.raises(ValueError, match="holds no anchor"):
+        reward_spec("anchored", {"weights": str(tmp_path / "vit")})

@@ -29,7 +29,7 @@ from tests.faulty_rewards import FaultyParams, FaultyReward, fails
 
 # with weights, servers, packages or a direction of their own: they have tests of their own
 ELSEWHERE = {
-    "face_identity", "ll_score", "ll_score_hallucination", "no_op", "pyiqa", "remote", "text_change", "vlm_hallucination",
+    "anchored", "face_identity", "ll_score", "ll_score_hallucination", "no_op", "pyiqa", "remote", "text_change", "vlm_hallucination",
     "vlm_quality", "vlm_removal_fidelity",
 }  # fmt: skip
 NATIVE = sorted(set(REWARDS) - ELSEWHERE)
