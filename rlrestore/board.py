@@ -32,6 +32,8 @@ STRIP_PX = 96  # least width of a rollout in a strip
 HPARAM_SECTIONS = (
     "algorithm",
     "rewards",
+    "gates",
+    "constraints",
     "sampling",
     "rollout",
     "credit",
