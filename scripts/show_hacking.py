@@ -25,8 +25,9 @@ PANELS = {
     "NIQE, rewarded (lower is better)": "eval/reward/niqe/tuned",
     "PSNR, gold, dB": "eval/gold/psnr_rgb/tuned",
     "SSIM, gold": "eval/gold/ssim_rgb/tuned",
-    "share suspected of hallucination": "eval/held/{}/measured",
-    "multiplier": "constraint/lambda/{}",
+    "wary of hallucination, share": "eval/held/judge_hallucination/measured",
+    "judge's quality": "eval/{}/judge/tuned",
+    "multiplier of hallucination": "constraint/lambda/judge_hallucination",
 }
 
 
@@ -40,10 +41,11 @@ def points(rows: list[dict[str, float]], tag: str) -> tuple[list[float], list[fl
 
 
 def curves(runs: dict[str, Path], out: Path) -> None:
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(3.1 * len(PANELS), 2.9))
-    for axis, (title, tag) in zip(axes, PANELS.items(), strict=True):
-        for label, run in runs.items():
-            rows = read_metrics(run / "metrics.jsonl")
+    logs = {label: read_metrics(run / "metrics.jsonl") for label, run in runs.items()}
+    panels = {title: tag for title, tag in PANELS.items() if any(points(rows, tag)[0] for rows in logs.values())}
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.9), squeeze=False)
+    for axis, (title, tag) in zip(axes[0], panels.items(), strict=True):
+        for label, rows in logs.items():
             axis.plot(*points(rows, tag), marker=".", label=label)
             for step in [row["step"] for row in rows if row.get("alarm/ringing")]:
                 steps, values = points(rows, tag)
@@ -52,7 +54,7 @@ def curves(runs: dict[str, Path], out: Path) -> None:
         axis.set_title(title, fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    axes[0][0].legend(fontsize=7)
     figure.supxlabel("iterations; a red cross is the alarm", fontsize=8)
     figure.tight_layout()
     figure.savefig(out, dpi=90)
