@@ -6,7 +6,8 @@ Each config of configs/algorithms/ with the quickstart's restorer and photos, on
 images, in this process on one thread (`placement.kind=local`, torch). A control is the same run with rewards shuffled inside every
 group (direct methods: climbed or descended by chance); it has the seed, tasks and first noise of its run, so that the two are compared
 pair by pair. Seconds are CPU seconds of this process without evaluation: other work on the machine matters little. What is
-done already is not run again, so it may be stopped at any time. Writes runs/, table.md, images.png and seconds.png into --out.
+done already is not run again, so it may be stopped at any time. Writes runs/, table.md, images.png and seconds.png into --out; with
+--docs the table and the plots go into docs/algorithms.md, too.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from rlrestore.loop import images_trained, train
 from rlrestore.rundir import open_run
 from rlrestore.statistics import bootstrap_ci
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "algorithms"
+ROOT = Path(__file__).parents[1]
+CONFIGS, DOCS = ROOT / "configs" / "algorithms", ROOT / "docs"
+BEGIN, END = "<!-- bench: scripts/bench_algorithms.py --docs writes this -->\n", "<!-- /bench -->"
 COLUMNS = ("mix", "judge", "low_frequency", "psnr_rgb", "ssim_rgb", "gmsd")
 DIGITS = {"low_frequency": 5}
 YARDSTICK = "ddpo"
@@ -89,6 +92,17 @@ class Watched(Evaluation):
         self.key = repr([(term.kind, term.weight, term.scale) for term in inner.rubric.terms])
         self.bases, self.seen, self.seconds, self.mark = bases, [], [], 0.0  # type: ignore[var-annotated]
 
+    def probe_is_no_training(self, crew: Crew) -> None:
+        """The speed probe lies between the first evaluation and the first iteration."""
+        probe = crew.probe
+
+        def probed(*args: Any) -> Any:
+            reports = probe(*args)
+            self.mark = time.process_time()
+            return reports
+
+        crew.probe = probed  # type: ignore[method-assign]
+
     def measure(self, crew: Crew, which: str) -> Measured:
         between = time.process_time() - self.mark if self.seen else 0.0
         if which == "base" and self.key in self.bases:  # the same photos, noise, weights and metrics in every run
@@ -122,14 +136,15 @@ def execute(job: Job, options: argparse.Namespace, bases: dict[str, Measured]) -
     opened = open_run(config.run, config)
     run = build_run(config, opened, env)
     run.evaluation = watched = Watched(run.evaluation, bases)
+    watched.probe_is_no_training(run.crew)
     try:
-        rows = train(run)
+        train(run)
     finally:
         run.crew.close()
         opened.close()
     base, *tuned = watched.seen
     last = tuned[-1]
-    final = {name: (last.values[name] - base.values[name]).nanmean(1).tolist() for name in rows}
+    final = {name: (last.values[name] - base.values[name]).nanmean(1).tolist() for name in COLUMNS}
     mix = [0.0] + [compare(base, measured, watched.rubric)["mix"].delta for measured in tuned]
     steps = [0, *range(every, options.iterations, every), options.iterations]
     outcome = Outcome([images_trained(config, step) for step in steps], watched.seconds, mix, final)
@@ -237,6 +252,18 @@ def report(jobs: Sequence[Job], options: argparse.Namespace) -> None:
     for axis in ("images", "seconds"):
         plot(found, axis, options.out)
     print(text + f"\n{options.out}/table.md, images.png, seconds.png")
+    if options.docs:
+        publish(text, options.out, DOCS)
+
+
+def publish(text: str, out: Path, docs: Path) -> None:
+    """The table between its marks in algorithms.md, the plots beside the other pictures."""
+    page = docs / "algorithms.md"
+    before, rest = page.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}{text}\n{END}{after}")
+    for axis in ("images", "seconds"):
+        shutil.copy(out / f"{axis}.png", docs / "img" / f"bench_{axis}.png")
 
 
 def main() -> None:
@@ -251,6 +278,7 @@ def main() -> None:
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="for every run, e.g. another size or mix"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/bench_algorithms"))
+    parser.add_argument("--docs", action="store_true", help="also into docs/algorithms.md and docs/img")
     parser.add_argument("--report", action="store_true", help="only the table and the plots of what is there")
     options: Any = parser.parse_args()
     if unknown := set(options.names) - set(names):
