@@ -1,8 +1,8 @@
-"""Peak memory a rank, measured beside the formula of `rlrestore.planning.memory`, for a random transformer of 214 M parameters.
+"""Peak memory a rank, measured beside the formula of `rlrestore.planning.memory`, for a random transformer of 220 M parameters.
 
 A Kontext pipeline is saved to disk and trained by two CPU ranks for one GRPO iteration (sample, update, EMA, evaluation's
-weights), once a row. Measured is the largest resident set of either rank (VmHWM) less what the process had after its imports; it is
-reset after start-up, so that opening the pipeline does not count. Needs 10 GB of memory and 2 GB of disk:
+weights), once a row. Measured is the largest resident set of either rank (VmHWM) less what the process had after its imports, phase
+by phase; opening the pipeline does not count. Needs 10 GB of memory and 2 GB of disk:
 
     python scripts/bench_memory.py [--size 48] [--only lora]
 """
@@ -100,6 +100,19 @@ def status_kb(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
+class Peak:
+    """Puts the largest resident set between its two ends into `peaks`, less `before`, kB."""
+
+    def __init__(self, peaks: dict[str, int], name: str, before: int):
+        self.peaks, self.name, self.before = peaks, name, before
+
+    def __enter__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at what is resident
+
+    def __exit__(self, *_: object) -> None:
+        self.peaks[self.name] = status_kb("VmHWM") - self.before
+
+
 def rank_main(rank: int, config_path: str, port: int, answer: str) -> None:
     """Build, forget the peak of that, train one iteration; rank r writes what it measured."""
     torch.set_num_threads(1)
@@ -113,15 +126,25 @@ def rank_main(rank: int, config_path: str, port: int, answer: str) -> None:
     before = status_kb("VmRSS")
     learner = LearnerRecipe.of(config).build(rank, RANKS)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again here
-    resident = status_kb("VmRSS") - before
+    peaks = {"resident": status_kb("VmRSS") - before}
     chain = rollout_chain(config.sampling, 0, 0, learner.algorithm)
     chunks = make_chunks(tasks, RANKS * ROWS, ROWS, 0, 0)
-    learner.sample(chunks[rank], chain)
+    with Peak(peaks, "sample", before):
+        learner.sample(chunks[rank], chain)
     credit = Credit(torch.tensor([1.0, -1.0] * ROWS), torch.ones(ROWS * RANKS), {})
+    step, backward = learner.engine.step, Peak(peaks, "backward", before)
+
+    def measured_step(lr: float) -> float:
+        backward.__exit__()
+        with Peak(peaks, "step", before):
+            return step(lr)
+
+    learner.engine.step = measured_step  # type: ignore[method-assign]
+    backward.__enter__()
     learner.update(update_requests(chunks, credit, RANKS, ROWS, 1, 0, 0)[rank], chain)
-    learner.load_scratch("ema")
-    measured = {"peak": status_kb("VmHWM") - before, "resident": resident, "trained": learner.trained}
+    with Peak(peaks, "copies", before):
+        learner.load_scratch("ema")
+    measured = {"peaks": peaks, "trained": learner.trained}
     Path(f"{answer}{rank}").write_text(json.dumps(measured))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -150,7 +173,7 @@ def reckon(mode: str, zero: int, checkpointing: bool, size: int, parameters: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=48, help="side of the photos in pixels (default 48)")
-    parser.add_argument("--only", choices=("full", "lora"))
+    parser.add_argument("--only", help="e.g. lora, or lora-3")
     parser.add_argument("--items", action="store_true", help="print what the formula is made of")
     options = parser.parse_args()
     quiet()
@@ -164,12 +187,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parameters = in_a_fork(save_kontext, folder)
-        print(f"{parameters / 1e6:.0f} M parameters, {RANKS} ranks; MB a rank\n")
+        print(f"{parameters / 1e6:.0f} M parameters, {RANKS} ranks; MB a rank, measured / formula\n")
         print(
-            "| weights | ZeRO | checkpointing | measured | formula | error | peak in |\n|---|---|---|---|---|---|---|"
+            "| weights | ZeRO | checkpointing | resident | sample | backward | step | copies | peak | formula | error |\n"
+            "|---|---|---|---|---|---|---|---|---|---|---|"
         )
         for mode, zero, checkpointing in CASES:
-            if options.only not in (None, mode):
+            if options.only not in (None, mode, f"{mode}-{zero}"):
                 continue
             config, answer = write_config(folder, mode, zero, checkpointing, options.size), str(folder / "answer")
             # forked, so that two dozen processes do not import everything again; nothing has computed here yet
@@ -177,17 +201,16 @@ def main() -> None:
                 rank_main, (str(config), free_port(), answer), nprocs=RANKS, start_method="fork"
             )
             found = [json.loads(Path(f"{answer}{rank}").read_text()) for rank in range(RANKS)]
-            peak = max(item["peak"] for item in found) * 1024
+            peaks = {name: max(item["peaks"][name] for item in found) * 1.024e-3 for name in found[0]["peaks"]}
             memory = reckon(mode, zero, checkpointing, options.size, parameters, found[0]["trained"])
+            peak, reckoned = max(peaks.values()), memory.peak / 1e6
+            cells = [f"{peaks[name]:.0f} / {memory.phase(name) / 1e6:.0f}" for name in ("sample", "backward", "step")]
             print(
-                f"| {mode} | {zero} | {'on' if checkpointing else 'off'} | {peak / 1e6:.0f} | {memory.peak / 1e6:.0f} | "
-                f"{memory.peak / peak - 1:+.0%} | {memory.peak_phase} |",
+                f"| {mode} | {zero} | {'on' if checkpointing else 'off'} | {peaks['resident']:.0f} / {memory.resident / 1e6:.0f} | "
+                f"{' | '.join(cells)} | {peaks['copies']:.0f} | {peak:.0f} | {reckoned:.0f} | {reckoned / peak - 1:+.0%} |",
                 flush=True,
             )
             if options.items:
-                print(
-                    f"  resident {max(item['resident'] for item in found) * 1.024e-3:.0f}, reckoned {memory.resident / 1e6:.0f}"
-                )
                 for item in memory.items:
                     print(
                         f"  {item.name}: {item.bytes / 1e6:.0f} = {item.formula} ({', '.join(item.phases)})", flush=True

@@ -54,10 +54,11 @@ class DeepSpeedEngine(Engine):
         optimiser = make(parameters, options.lr, options.betas, options.weight_decay)
         if options.precision == "bfloat16":
             network = network.to(torch.bfloat16)
+        config = _config(options, sum(parameter.numel() for parameter in parameters))
         if options.zero == 3:
-            _shard(network, options)
+            _shard(network, config)
         self.engine, *_ = deepspeed.initialize(
-            model=network, model_parameters=parameters, optimizer=optimiser, config=_config(options)
+            model=network, model_parameters=parameters, optimizer=optimiser, config=config
         )
         self.engine.checkpoint_engine.load = _load_weights_only
         self.network = self.engine.module
@@ -127,21 +128,22 @@ class DeepSpeedEngine(Engine):
         return norm
 
 
-def _shard(network: nn.Module, options: EngineOptions) -> None:
+def _shard(network: nn.Module, config: dict[str, Any]) -> None:
     """Split a network that lies in the host's memory: parameter by parameter to the device, and a share of it stays there.
 
     `deepspeed.initialize` would move all of it to each GPU first. Nothing but this network is touched.
     """
-    deepspeed.zero.Init(module=network, config_dict_or_path=_config(options))
+    deepspeed.zero.Init(module=network, config_dict_or_path=config)
     device = deepspeed.accelerator.get_accelerator().current_device_name()
     for buffer in network.buffers():
         buffer.data = buffer.data.to(device)
 
 
-def _config(options: EngineOptions) -> dict[str, Any]:
+def _config(options: EngineOptions, trained: int) -> dict[str, Any]:
+    """`trained`: parameters; a buffer for gradients need not be larger than they are."""
     zero: dict[str, Any] = {
         "stage": options.zero,
-        "reduce_bucket_size": BUCKET,
+        "reduce_bucket_size": min(BUCKET, trained),
         "allgather_bucket_size": BUCKET,
         "overlap_comm": False,
         "stage3_param_persistence_threshold": options.partition_threshold,
