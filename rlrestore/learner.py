@@ -80,6 +80,10 @@ class Learner:
         self.base = Kept(self.engine.stream_parameters(), rank, world)
         self.ema = Kept(self.engine.stream_parameters(), rank, world)
         self.old_shadow = Kept(self.engine.stream_parameters(), rank, world) if self.old is not None else None
+        # An engine may have rounded the weights that it took over; the copies start where it does, and where a resume finds them.
+        for twin in (self.old, self.reference):
+            if twin is not None:
+                self.engine.assign(twin, self.base.whole())
         self.policies = Policies(restorer, self.engine.network, self.old, self.reference, reward)
         self.iteration = 0  # iterations trained: the version of the weights
         self.optimiser_steps = 0

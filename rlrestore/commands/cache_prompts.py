@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from envs.sources.rows import parse_types
 from rlrestore.build import RESTORERS
 from rlrestore.errors import InputError
 from rlrestore.quiet import quiet
@@ -43,7 +44,10 @@ def _pair(text: str) -> tuple[str, str]:
     types, equals, prompt = text.partition("=")
     if not equals or not types or not prompt:
         raise InputError(f"--for '{text}' is not TYPE=PROMPT, e.g. --for 'haze=Remove the haze.'")
-    return "|".join(sorted(types.split("|"))), prompt
+    try:
+        return "|".join(sorted(parse_types(types).split("|"))), prompt
+    except ValueError as error:
+        raise InputError(f"--for '{text}': {error}") from error
 
 
 def _kind(folder: Path) -> str:

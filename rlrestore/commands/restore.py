@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from envs.images import SUFFIXES, checked_size, image_files, load_rgb, open_image
+from envs.sources.rows import parse_types
 from rlrestore.build import RESTORERS, best_device, build_restorer
 from rlrestore.checkpoint import MANIFEST, verify
 from rlrestore.config_files import Plugin
@@ -74,6 +75,10 @@ def run_restore(
         if value < 1:
             raise InputError(f"--{name} {value} must be at least 1")
     jobs = plan_jobs(source, target, overwrite)
+    try:
+        types = tuple(parse_types(list(types)).split("|")) if types else ()
+    except ValueError as error:
+        raise InputError(f"--type: {error}") from error
     if colour_fix is not None and colour_fix not in FIXES:
         raise InputError(f"--colour-fix {colour_fix} is unknown: choose one of {', '.join(FIXES)}")
     restorer = load_restorer(checkpoint)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from envs.sources.rows import parse_types
 from rlrestore.restorers.base import Condition, Restorer
 from rlrestore.restorers.colour import check_fix
 from rlrestore.restorers.lora import DEFAULT, TRAINED, LoraSpec, Policy, add_lora, new_policy
@@ -217,8 +218,12 @@ class PipelineRestorer(Restorer):
         """(degradation types that have a prompt, the general one first as "", their embeddings in a row, the negative one's)."""
         if not self.text:
             return ("",), {}, {}
+        try:
+            named = {"|".join(sorted(parse_types(types).split("|"))): text for types, text in config.prompts.items()}
+        except ValueError as error:
+            raise ValueError(f"restorer.prompts: {error}") from error
         types, prompt = prompt_embeddings(
-            self.folder, {"": config.prompt, **config.prompts}, config.prompt_embeds, self.encode_text
+            self.folder, {"": config.prompt, **named}, config.prompt_embeds, self.encode_text
         )
         negative: Embeddings = {}
         if config.cfg != 1:

@@ -150,3 +150,6 @@ def test_a_prompt_without_its_type_is_refused(several: tuple[Path, Path], capsys
     with pytest.raises(SystemExit) as stop:
         app(["cache-prompts", str(several[0]), str(several[1].with_name("new.safetensors")), "--for", "haze"])
     assert stop.value.code == 64 and "is not TYPE=PROMPT" in capsys.readouterr().err
+    schema, family = RESTORERS["sd_controlnet"]
+    with pytest.raises(ValueError, match=r"restorer.prompts: type 'fogg' is unknown"):
+        family(schema(weights=str(several[0]), prompt=PROMPT, prompts={"fogg": "clear the air"}))
