@@ -43,19 +43,19 @@ from rlrestore.quiet import quiet
 from rlrestore.stages import make_chunks, rollout_chain, update_requests
 
 RANKS, ROWS = 2, 1  # rows of a chunk and of a micro-batch
-HIDDEN, DOUBLE, SINGLE, TEXT = 1024, 4, 4, 6
+HIDDEN, HEAD, DOUBLE, SINGLE, TEXT = 1024, 128, 4, 4, 6
 VAE_PX = 4  # pixels of a token's side: the tiny VAE halves, a token is 2 x 2 cells
 CASES = [(mode, zero, checkpointing) for checkpointing in (False, True) for mode in ("lora", "full") for zero in (2, 3)]
 
 
-def save_kontext(folder: Path) -> int:
+def save_kontext(folder: Path, heads: int = HIDDEN // HEAD, layers: tuple[int, int] = (DOUBLE, SINGLE)) -> int:
     """A random pipeline, its transformer in bfloat16; returns the number of the transformer's parameters."""
     import diffusers
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
     transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=DOUBLE, num_single_layers=SINGLE, attention_head_dim=128, num_attention_heads=HIDDEN // 128,
+        in_channels=16, num_layers=layers[0], num_single_layers=layers[1], attention_head_dim=HEAD, num_attention_heads=heads,
         joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
     ).to(torch.bfloat16)  # fmt: skip
     vae = diffusers.AutoencoderKL(
@@ -113,12 +113,8 @@ class Peak:
         self.peaks[self.name] = status_kb("VmHWM") - self.before
 
 
-def rank_main(rank: int, config_path: str, port: int, answer: str) -> None:
-    """Build, forget the peak of that, train one iteration; rank r writes what it measured."""
-    torch.set_num_threads(1)
-    from rlrestore.engine.group import join_group
-
-    join_group(rank, RANKS, "127.0.0.1", port, 1800.0)
+def iteration(rank: int, config_path: str) -> dict[str, Any]:
+    """Build, sample, update, load evaluation's weights; the peak of each, kB, less what the process had before."""
     config = load_train_config(config_path)
     env = build_env(config.env)
     tasks = env.draw(0, 1)
@@ -144,8 +140,18 @@ def rank_main(rank: int, config_path: str, port: int, answer: str) -> None:
     learner.update(update_requests(chunks, credit, RANKS, ROWS, 1, 0, 0)[rank], chain)
     with Peak(peaks, "copies", before):
         learner.load_scratch("ema")
-    measured = {"peaks": peaks, "trained": learner.trained}
-    Path(f"{answer}{rank}").write_text(json.dumps(measured))
+    return {"peaks": peaks, "trained": learner.trained}
+
+
+def rank_main(rank: int, config_path: str, warm_path: str, port: int, answer: str) -> None:
+    """An iteration of a tiny model, so that nothing is loaded for the first time later; then the one that is measured."""
+    torch.set_num_threads(1)
+    from rlrestore.engine.group import join_group
+
+    join_group(rank, RANKS, "127.0.0.1", port, 1800.0)
+    iteration(rank, warm_path)
+    gc.collect()
+    Path(f"{answer}{rank}").write_text(json.dumps(iteration(rank, config_path)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -187,6 +193,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parameters = in_a_fork(save_kontext, folder)
+        (folder / "tiny").mkdir()
+        in_a_fork(lambda path: save_kontext(path, heads=1, layers=(1, 1)), folder / "tiny")
         print(f"{parameters / 1e6:.0f} M parameters, {RANKS} ranks; MB a rank, measured / formula\n")
         print(
             "| weights | ZeRO | checkpointing | resident | sample | backward | step | copies | peak | formula | error |\n"
@@ -196,9 +204,10 @@ def main() -> None:
             if options.only not in (None, mode, f"{mode}-{zero}"):
                 continue
             config, answer = write_config(folder, mode, zero, checkpointing, options.size), str(folder / "answer")
+            warm = write_config(folder / "tiny", mode, zero, checkpointing, options.size)
             # forked, so that two dozen processes do not import everything again; nothing has computed here yet
             torch.multiprocessing.start_processes(
-                rank_main, (str(config), free_port(), answer), nprocs=RANKS, start_method="fork"
+                rank_main, (str(config), str(warm), free_port(), answer), nprocs=RANKS, start_method="fork"
             )
             found = [json.loads(Path(f"{answer}{rank}").read_text()) for rank in range(RANKS)]
             peaks = {name: max(item["peaks"][name] for item in found) * 1.024e-3 for name in found[0]["peaks"]}

@@ -206,7 +206,8 @@ def _optimiser(network: Network, sharding: Sharding) -> list[Item]:
             "t T" if sharding.gradients == 1 else "t T / W",
             PHASES if stage == 3 else learn,  # stage 3 keeps its buffer
         ),
-        Item("step's scratch", 4 * trained // sharding.optimiser, f"4 T{split}", ("step",)),
+        # AdamW's root and its quotient, of all that one rank steps at once (DeepSpeed hands it one flat tensor)
+        Item("step's scratch", 8 * trained // sharding.optimiser, f"8 T{split}", ("step",)),
     ]
     if stage >= 1:
         items += [
@@ -236,10 +237,10 @@ def _copies(network: Network, sharding: Sharding, copies: Copies) -> list[Item]:
     ]
 
 
-# Saved bytes a token, hidden unit and byte of precision, of one block: systematic counts with saved-tensor hooks
-# (bfloat16, SDPA). With LoRA on the attention layers, what only frozen linears would need is not saved.
+# Saved bytes a token, hidden unit and byte of precision, of one block: counted with saved-tensor hooks (bfloat16 base, SDPA).
+# With LoRA on the attention layers, what only frozen linears would need is not saved; each float32 adapter saves its input in float32.
 BLOCK_FULL = {"flux_double": 28, "flux_single": 25, "qwen": 28, "sd3": 29}
-BLOCK_LORA = {"flux_double": 15, "flux_single": 14, "qwen": 17, "sd3": 18}
+BLOCK_LORA = {"flux_double": 22, "flux_single": 19, "qwen": 24, "sd3": 24}
 
 
 @dataclass(frozen=True)
@@ -264,5 +265,5 @@ def saved_by_transformer(model: Transformer, micro_batch: int, *, lora: bool, ch
     unit = model.tokens * model.hidden * model.bytes * micro_batch
     costs = BLOCK_LORA if lora else BLOCK_FULL
     if checkpointing:
-        return unit * (model.layers + max(BLOCK_FULL[kind] for kind, _ in model.blocks))
+        return unit * (model.layers + max(costs[kind] for kind, _ in model.blocks))
     return unit * sum(costs[kind] * count for kind, count in model.blocks)
