@@ -213,7 +213,7 @@ def test_a_rollout_worker_serves_the_published_adapter(folder: Path) -> None:
     iterate(crew, config, env, 0)
     published = crew.learner.publish("behaviour")
     worker = RolloutWorker()
-    worker.setup(config.restorer, (), 1)
+    worker.setup(config.restorer, (), 1, 1)
     assert worker.receive(published) == (1, published.sha256)
     base = sum(value.numel() for value in worker.network.parameters())
     assert len(published.blob) < 0.2 * 4 * base
