@@ -233,7 +233,7 @@ def test_photos_of_any_size_are_trained_on_whole(folder: Path, tmp_path: Path) -
     """A group has one size; odd sides are padded inside and cut back, and rollout and replay still agree."""
     for name in ("lq", "gt"):
         (tmp_path / name).mkdir()
-    for index in range(8):
+    for index in range(16):
         height, width = ((37, 50), (64, 32))[index % 2]
         pixels = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
         for name in ("lq", "gt"):
@@ -242,12 +242,13 @@ def test_photos_of_any_size_are_trained_on_whole(folder: Path, tmp_path: Path) -
         folder, "flux_kontext", "grpo", ("rollout.batch=2", "engine.micro_batch=2", "rollout.groups=4")
     )
     schema = ENVS["paired"][0]
-    whole = Plugin("paired", schema(lq_dir=str(tmp_path / "lq"), gt_dir=str(tmp_path / "gt"), size=None))
+    folders = {"lq_dir": str(tmp_path / "lq"), "gt_dir": str(tmp_path / "gt")}
+    whole = Plugin("paired", schema(**folders, size=None, held_out_fraction=0.3))
     config = replace(plain, env=whole)
     env = check_parts(config)
-    assert len({task.lq.shape for task in env.draw(0, 4)}) == 2
+    mixed = next(i for i in range(20) if len({task.lq.shape for task in env.draw(i, 4)}) == 2)
     crew = build_crew(config, StageTimes())
-    scored, reports = iterate(crew, config, env, 0)
+    scored, reports = iterate(crew, config, env, mixed)
     assert all(part.images.pixels.shape[-2:] == part.chunk.tasks_of(slice(1))[0].lq.shape[-2:] for part in scored)
     assert reports[0].maxima["ratio_deviation_max_on_policy"] < IDENTITY and reports[0].grad_norms[0] > 0
     with pytest.raises(ConfigError, match=r"photos may have several sizes, and rollout\.batch=4 mixes groups"):
