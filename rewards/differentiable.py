@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,9 +19,15 @@ class DifferentiableMix:
     Every term is an `ImageReward` whose spec says `differentiable`; ValueError names those that are not.
     """
 
-    def __init__(self, terms: Sequence[TermConfig], rewards: Sequence[Reward], by_chance: bool = False):
+    def __init__(
+        self,
+        terms: Sequence[TermConfig],
+        rewards: Sequence[Reward],
+        by_chance: bool = False,
+        block_mass: Mapping[str, float] | None = None,
+    ):
         """`by_chance`, a control: the mix of every task is multiplied by 1 or -1, which its id decides."""
-        self.rubric, self.by_chance = Rubric(terms), by_chance
+        self.rubric, self.by_chance = Rubric(terms, block_mass), by_chance
         if blind := not_differentiable(self.rubric):
             raise ValueError(f"{', '.join(blind)} cannot be differentiated")
         self.rewards: list[ImageReward] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,20 +19,21 @@ from envs.types import Task
 from rewards.base import Reward
 from rewards.constraints import Multipliers
 from rewards.differentiable import DifferentiableMix
-from rewards.registry import build_reward
+from rewards.registry import REWARDS, build_reward
 from rewards.rubric import FailureBudget, Rubric, TermConfig
 from rlrestore.alarm import Alarm
 from rlrestore.algorithms.base import Algorithm
 from rlrestore.algorithms.registry import ALGORITHMS
 from rlrestore.board import headline, hyperparameters, layout
 from rlrestore.checks import check_config, check_needs, check_photos, check_precision, check_recorded, check_times
-from rlrestore.config import FinetuneConfig, RegulariseConfig, TrainConfig, all_terms, trained_terms
+from rlrestore.config import BlocksConfig, FinetuneConfig, RegulariseConfig, TrainConfig, all_terms, trained_terms
 from rlrestore.config_files import ConfigError, Plugin, PluginSchemas, plain, read_yaml, typed, user_errors
 from rlrestore.crew import Crew, LocalCrew, StageTimes
 from rlrestore.curriculum import Curriculum
 from rlrestore.engine.base import Engine, EngineOptions
 from rlrestore.engine.build import build_engine, free_port
 from rlrestore.evaluate import Evaluation
+from rlrestore.explain import json_schema
 from rlrestore.history import RewardHistory
 from rlrestore.learner import Learner
 from rlrestore.levels import LevelKeeper, Wanted
@@ -41,20 +43,20 @@ from rlrestore.restorers.base import Restorer
 from rlrestore.restorers.registry import RESTORERS
 from rlrestore.rundir import RunDir, now, versions
 from rlrestore.scoring import Scorer
-from rlrestore.sinks import open_sinks
+from rlrestore.sinks import Sink, open_sinks
 from rlrestore.stages import evaluation_chain
 from rlrestore.stopping import Stop
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """A train config, typed and checked across sections; nothing is built or written."""
-    config = typed(TrainConfig, read_yaml(path, overrides), _schemas(), str(path))
+    config = typed(TrainConfig, read_yaml(path, overrides), plugin_schemas(), str(path))
     check_config(config, build_algorithm(config.algorithm))
     return config
 
 
 def load_finetune_config(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    config = typed(FinetuneConfig, read_yaml(path, overrides), _schemas(), str(path))
+    config = typed(FinetuneConfig, read_yaml(path, overrides), plugin_schemas(), str(path))
     if config.optimiser.schedule not in ("wsd", "cosine"):
         raise ConfigError(f"optimiser.schedule '{config.optimiser.schedule}' is unknown: choose wsd or cosine")
     if config.run.max_hours < 0:
@@ -62,7 +64,12 @@ def load_finetune_config(path: str | Path, overrides: Sequence[str] = ()) -> Fin
     return config
 
 
-def _schemas() -> PluginSchemas:
+def train_schema() -> dict[str, Any]:
+    """The JSON schema of a train config, with all plug-ins that are registered here."""
+    return json_schema(TrainConfig, plugin_schemas(), TermConfig, sorted(REWARDS), "rlrestore train config")
+
+
+def plugin_schemas() -> PluginSchemas:
     return {
         section: {kind: schema for kind, (schema, _) in registry.items()}
         for section, registry in (("env", ENVS), ("restorer", RESTORERS), ("algorithm", ALGORITHMS))
@@ -118,6 +125,7 @@ class LearnerRecipe:
     rewards: tuple[TermConfig, ...]  # if the algorithm climbs their gradient
     ema_samples: bool
     shuffle: bool  # a control
+    blocks: BlocksConfig
 
     @staticmethod
     def of(config: TrainConfig) -> LearnerRecipe:
@@ -129,7 +137,7 @@ class LearnerRecipe:
         return LearnerRecipe(
             config.restorer, config.algorithm, engine.kind, options, engine.warmup, engine.ema,
             config.placement.max_staleness, engine.trainable, config.regularise, tuple(config.rewards.values()),
-            config.rollout.weights == "ema", config.credit.shuffle,
+            config.rollout.weights == "ema", config.credit.shuffle, config.blocks,
         )  # fmt: skip
 
     def build(self, rank: int = 0, world: int = 1) -> Learner:
@@ -138,7 +146,8 @@ class LearnerRecipe:
 
         algorithm, reward = build_algorithm(self.algorithm), None
         if algorithm.needs.reward:
-            reward = DifferentiableMix(self.rewards, [build_term(term) for term in self.rewards], self.shuffle)
+            terms = [build_term(term) for term in self.rewards]
+            reward = DifferentiableMix(self.rewards, terms, self.shuffle, vars(self.blocks))
         # ZeRO-3 takes the network from the host's memory parameter by parameter: no GPU ever holds it whole
         sharded = self.engine == "deepspeed" and self.options.zero == 3
         restorer = build_restorer(self.restorer).to(best_device(), denoiser=not sharded)
@@ -170,17 +179,17 @@ def build_crew(config: TrainConfig, times: StageTimes) -> Crew:
 
 def build_evaluation(config: TrainConfig, env: Env) -> Evaluation:
     return Evaluation(
-        env.held_out(config.evaluate.tasks), Rubric(list(all_terms(config).values())),
+        env.held_out(config.evaluate.tasks), Rubric(list(all_terms(config).values()), vars(config.blocks)),
         evaluation_chain(config.sampling), config.evaluate.samples, config.evaluate.batch, config.log.image_tasks,
     )  # fmt: skip
 
 
-def build_log(config: TrainConfig, folder: RunDir) -> RunLog:
+def build_log(config: TrainConfig, folder: RunDir, listeners: Sequence[Sink] = ()) -> RunLog:
     """The run's log, with what it needs once: the layout of its charts and its row of hyperparameters."""
     first = int(folder.resume_from.name.removeprefix("step_")) if folder.resume_from else 0
     params = hyperparameters(plain(config))
     sinks = open_sinks(config.log.sinks, config.log.project, folder.run_id(), folder.path, params)
-    log = RunLog(folder.path, purge_step=first + 1 if first else 0, sinks=sinks)
+    log = RunLog(folder.path, purge_step=first + 1 if first else 0, sinks=[*sinks, *listeners])
     terms = all_terms(config)
     log.custom_layout(layout(list(trained_terms(config))))
     log.hparams(params, headline({name: term.role for name, term in terms.items()}))
@@ -192,11 +201,13 @@ def build_levels(config: TrainConfig, budget: FailureBudget) -> LevelKeeper:
     return LevelKeeper(wanted, config.rollout.base_samples, evaluation_chain(config.sampling), config.run.seed, budget)
 
 
-def build_run(config: TrainConfig, folder: RunDir, env: Env, stop: Stop | None = None) -> Run:
-    """Everything of a run, brought to where its checkpoint left it. The caller closes `run.crew`."""
+def build_run(
+    config: TrainConfig, folder: RunDir, env: Env, stop: Stop | None = None, listeners: Sequence[Sink] = ()
+) -> Run:
+    """Everything of a run, brought to where its checkpoint left it. The caller closes `run.crew`; `listeners` get its scalars."""
     torch.manual_seed(config.run.seed)  # nothing draws from the global generator; this makes a mistake repeatable
     times = StageTimes()
-    rubric = Rubric(list(trained_terms(config).values()))
+    rubric = Rubric(list(trained_terms(config).values()), vars(config.blocks))
     evaluation = build_evaluation(config, env)
     budget = FailureBudget(
         config.reward_budget.max_fraction, config.reward_budget.window, config.reward_budget.min_scores
@@ -207,7 +218,7 @@ def build_run(config: TrainConfig, folder: RunDir, env: Env, stop: Stop | None =
     try:
         folder.write_config(config)
         folder.write_facts(kind="train", started=now(), versions=versions(), data=env.fingerprint(), exit="running")
-        log = build_log(config, folder)
+        log = build_log(config, folder, listeners)
         run = Run(
             config,
             env,

@@ -200,6 +200,7 @@ def _check_numbers(config: TrainConfig) -> None:
             (f"regularise.{key}", weight, weight >= 0, "0 or positive")
             for key, weight in vars(config.regularise).items()
         ),
+        *((f"blocks.{key}", mass, mass >= 0, "0 or positive") for key, mass in vars(config.blocks).items()),
         ("curriculum.candidates", config.curriculum.candidates, config.curriculum.candidates >= 1, "at least 1 (off)"),
         ("curriculum.memory", config.curriculum.memory, 0 <= config.curriculum.memory < 1, "in [0, 1)"),
         ("curriculum.floor", config.curriculum.floor, 0 < config.curriculum.floor <= 1, "in (0, 1]"),
@@ -227,7 +228,9 @@ def _check_numbers(config: TrainConfig) -> None:
     ):
         if not good:
             raise ConfigError(f"{key}={value} must be {wanted}")
-    user_errors(lambda: Rubric(list(config.rewards.values())) if config.rewards else None, "rewards")
+    user_errors(
+        lambda: Rubric(list(config.rewards.values()), vars(config.blocks)) if config.rewards else None, "rewards"
+    )
     user_errors(lambda: Rubric(list(all_terms(config).values())) if config.rewards else None, "evaluate.gold")
 
 

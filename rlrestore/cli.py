@@ -19,16 +19,20 @@ from rlrestore.cli_data import data_app
 from rlrestore.cli_doctor import add_doctor
 from rlrestore.cli_judge import judge_app
 from rlrestore.cli_plan import add_plan
+from rlrestore.cli_views import add_views, complete_key
 
 USAGE, UNAVAILABLE, FAILED, STOPPED, INTERRUPTED = 64, 69, 70, 85, 130
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    no_args_is_help=True, pretty_exceptions_enable=False,
     help="Reinforcement learning for generative image restorers.",
 )  # fmt: skip
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, e.g. configs/quickstart.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. run.steps=20 placement.kind=local")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value, e.g. run.steps=20 placement.kind=local", autocompletion=complete_key),
+]
 
 
 @app.command()
@@ -39,8 +43,14 @@ def train(
     nodes: Annotated[
         str | None, typer.Option(help="with --dry-run: the cluster, e.g. 2x64c8g,1x32c (COUNTxCPUSc[GPUSg])")
     ] = None,
+    print_config: Annotated[bool, typer.Option(help="print every key, where its value is from, what it means")] = False,
 ) -> None:
     """RL post-training. Resumes by itself from the run's newest complete checkpoint (run.resume=never starts anew)."""
+    if print_config:
+        from rlrestore.commands.explain import print_explained
+
+        _guard(lambda: print_explained(config, overrides or []))
+        return
     if dry_run:
         from rlrestore.commands.dry_run import run_dry
 
@@ -164,6 +174,7 @@ add_doctor(app, lambda command: _guard(command))
 app.add_typer(data_app(lambda command: _guard(command)), name="data")
 add_plan(app, lambda command: _guard(command))
 app.add_typer(judge_app(lambda command: _guard(command)), name="judge")
+add_views(app, lambda command: _guard(command))
 
 
 def main() -> None:

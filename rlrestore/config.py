@@ -83,6 +83,14 @@ class CreditConfig:
 
 
 @dataclass
+class BlocksConfig:
+    """Shares of the mix: however many terms a block has, together they weigh this, over the sum of the blocks that are present."""
+
+    quality: float = 1.0
+    fidelity: float = 1.0
+
+
+@dataclass
 class CurriculumConfig:
     """Which of the drawn tasks are trained on (`curriculum.py`)."""
 
@@ -208,6 +216,7 @@ class TrainConfig:
     restorer: Any
     algorithm: Any
     rewards: dict[str, TermConfig]
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
     gates: dict[str, GateConfig] = field(default_factory=dict)
     constraints: dict[str, ConstraintConfig] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,10 @@ from rewards.gates import GateConfig
 from rewards.registry import reward_spec
 from rewards.rubric import TermConfig
 from rlrestore.config import TrainConfig
+from rlrestore.config_errors import ConfigError
+from rlrestore.mixes import REPLACED, combined_mix
 
 OmegaConf.clear_resolver("oc.env")
-
-
-class ConfigError(ValueError):
-    """The user's config is wrong; the message says where and what to do. Exit code 64."""
 
 
 GUARDS: dict[str, type] = {"constraints": ConstraintConfig, "gates": GateConfig}
@@ -39,13 +38,15 @@ PluginSchemas = Mapping[str, Mapping[str, type]]  # section -> kind -> dataclass
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """File, over the one that its key `base` names, plus `key=value` overrides, as plain data."""
+    """File, over the one that its key `base` names and over its `mixes`, plus `key=value` overrides, as plain data."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config {path} does not exist; the shipped ones are in configs/")
     try:
         loaded = _with_base(path)
         dotlist = OmegaConf.from_dotlist(list(overrides))
+        if "mixes" in dotlist:
+            loaded = _with_mixes(loaded, dotlist.pop("mixes"), path)
         data = OmegaConf.to_container(OmegaConf.merge(loaded, dotlist), resolve=True)
     except ConfigError:
         raise
@@ -65,8 +66,9 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
     loaded = OmegaConf.load(path)
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected sections such as 'run:' and 'env:' at the top level")
+    mixes = loaded.pop("mixes", None)
     if "base" not in loaded:
-        return loaded
+        return loaded if mixes is None else OmegaConf.merge(_with_mixes(OmegaConf.create(), mixes, path), loaded)  # type: ignore[return-value]
     named = loaded.pop("base")
     if not isinstance(named, str) or not (base := path.parent / named).is_file():
         raise ConfigError(f"{path}: base '{named}' does not exist; it is a path from {path.parent}")
@@ -79,12 +81,57 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
             (below.get(section) or {}).get("kind"),
         ):
             below.pop(section, None)
+    if mixes is not None:
+        below = _with_mixes(below, mixes, path)
     for section in ("rewards", *GUARDS):
         for name in [name for name, term in (loaded.get(section) or {}).items() if term is None]:
             if name in (below.get(section) or {}):  # a term that the base has and this one has not
                 below[section].pop(name)
                 loaded[section].pop(name)
     return OmegaConf.merge(below, loaded)  # type: ignore[return-value]
+
+
+def _with_mixes(below: DictConfig, mixes: Any, path: Path) -> DictConfig:
+    """What a config says, with the named mixes (`mixes.py`) in place of what it rewarded."""
+    given = OmegaConf.to_container(mixes) if OmegaConf.is_config(mixes) else mixes
+    kept = OmegaConf.create({key: value for key, value in below.items() if key not in REPLACED})
+    return OmegaConf.merge(kept, combined_mix(given, path))  # type: ignore[return-value]
+
+
+def layers(path: Path, overrides: Sequence[str] = ()) -> list[tuple[str, set[str]]]:
+    """(where, the dotted keys that it sets) of all that `read_yaml` lays on each other, lowest first.
+
+    Keys that a later layer takes away (another `kind`, mixes in place of rewards) are not among the earlier one's.
+    """
+    found: list[tuple[str, set[str]]] = []
+    chain: list[tuple[Path, Any]] = []
+    file = path
+    while True:
+        data = OmegaConf.to_container(OmegaConf.load(file))
+        chain.insert(0, (file, data))
+        if "base" not in data:  # type: ignore[operator]
+            break
+        file = file.parent / data["base"]  # type: ignore[index,call-overload]
+    given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    for place, data in [(os.path.normpath(file), data) for file, data in chain] + [("command line", given)]:
+        keys = dict(data)
+        keys.pop("base", None)
+        mixes = keys.pop("mixes", None)
+        gone = {f"{name}." for name, section in keys.items() if isinstance(section, Mapping) and "kind" in section}
+        if mixes is not None:
+            gone |= {f"{name}." for name in REPLACED}
+        for _, earlier in found:
+            earlier -= {key for key in earlier if key.startswith(tuple(gone))}
+        if mixes is not None:
+            found.append((f"mixes {mixes}", set(_flat_keys(combined_mix(mixes, path)))))
+        found.append((place, set(_flat_keys(keys))))
+    return found
+
+
+def _flat_keys(data: Any, prefix: str = "") -> list[str]:
+    if isinstance(data, Mapping) and data:
+        return [leaf for key, value in data.items() for leaf in _flat_keys(value, f"{prefix}{key}.")]
+    return [prefix.rstrip(".")]
 
 
 def typed(schema: type, data: Mapping[str, Any], plugins: PluginSchemas, where: str) -> Any:
@@ -103,7 +150,7 @@ def typed(schema: type, data: Mapping[str, Any], plugins: PluginSchemas, where: 
         elif name in plugins:
             values[name] = _plugin(given, plugins[name], f"{where}: {name}")
         else:
-            values[name] = _section(types[name], given or {}, f"{where}: {name}")
+            values[name] = section(types[name], given or {}, f"{where}: {name}")
     if schema is TrainConfig:
         values["evaluate"].gold = _terms(values["evaluate"].gold, f"{where}: evaluate.gold", "gold")
     return schema(**values)
@@ -144,7 +191,7 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()
 
 
-def _section(schema: type, data: Any, where: str) -> Any:
+def section(schema: type, data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where} must hold keys, not {data!r}")
     names = [item.name for item in dataclasses.fields(schema)]
@@ -175,7 +222,7 @@ def _plugin(data: Any, schemas: Mapping[str, type], where: str) -> Plugin:
         raise ConfigError(f"{where}.kind is missing; choose one of {', '.join(sorted(schemas))}")
     if kind not in schemas:
         raise ConfigError(f"{where}.kind '{kind}' is unknown.{_nearest(str(kind), schemas)}")
-    return Plugin(kind, _section(schemas[kind], data, where))
+    return Plugin(kind, section(schemas[kind], data, where))
 
 
 def _terms(data: Any, where: str, role: str) -> dict[str, TermConfig]:
@@ -218,7 +265,7 @@ def _guards(data: Any, schema: type, where: str, role: str) -> dict[str, Any]:
                 raise ConfigError(f"{where}.{name}.{key}: unknown key.{_nearest(str(key), (*own, *GUARD_TERM_KEYS))}")
         term = _terms({name: {key: given[key] for key in given if key in GUARD_TERM_KEYS}}, where, role)[str(name)]
         settings = vars(
-            _section(_without_term(schema), {key: given[key] for key in own if key in given}, f"{where}.{name}")
+            section(_without_term(schema), {key: given[key] for key in own if key in given}, f"{where}.{name}")
         )
         guards[str(name)] = schema(term=term, **settings)
     return guards

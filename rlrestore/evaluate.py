@@ -36,7 +36,11 @@ class Measured:
     """One set of weights on all held-out tasks."""
 
     values: dict[str, Tensor]  # metric -> [tasks, samples] raw, NaN where scoring failed; "mix" included
-    pictures: list[Tensor]  # first sample of the first tasks, [3, H, W]
+    pictures: list[Tensor]  # first sample of each task, [3, H, W] uint8
+
+    def picture(self, index: int) -> Tensor:
+        """[3, H, W] in [0, 1]."""
+        return self.pictures[index].float() / 255
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,8 @@ class Evaluation:
         rows = [
             [
                 task.lq,
-                base.pictures[index],
-                tuned.pictures[index],
+                base.picture(index),
+                tuned.picture(index),
                 *([task.gt] if task.gt is not None and has_gt else []),
             ]
             for index, task in enumerate(self.tasks[: self.pictures])
@@ -118,8 +122,8 @@ class Evaluation:
         for part in scored:
             for index, row in enumerate(part.chunk.rows):
                 if row.member == 0:
-                    first[row.group] = part.images.pixels[index].float() / 255
-        return [first[index] for index in range(self.pictures)]
+                    first[row.group] = part.images.pixels[index].clone()
+        return [first[index] for index in range(len(self.tasks))]
 
 
 def compare(base: Measured, tuned: Measured, rubric: Rubric) -> dict[str, MetricRow]:
@@ -217,10 +221,17 @@ def _ends(ci95: Sequence[float | None]) -> str:
 
 def caveats(tasks: Sequence[Task]) -> list[str]:
     """What a reader must know of the intervals of a table over these tasks."""
-    photos = len({task.id.split("@")[0] for task in tasks})
+    return caveats_of([task.photo for task in tasks])
+
+
+def caveats_of(photo_of: Sequence[str]) -> list[str]:
+    """The same from the photo of each task."""
+    photos = len(set(photo_of))
     lines = []
-    if photos < len(tasks):
-        lines.append(f"note: the {len(tasks)} tasks are crops of {photos} photos; intervals take them as independent")
+    if photos < len(photo_of):
+        lines.append(
+            f"note: the {len(photo_of)} tasks are crops of {photos} photos; intervals take them as independent"
+        )
     if photos < FEW_PHOTOS:
         lines.append(
             f"note: {photos} photos are too few for a bootstrap interval, which is then too narrow: take at least "

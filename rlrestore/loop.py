@@ -35,6 +35,7 @@ from rlrestore.evaluate import ConstraintRow, Evaluation, Measured, MetricRow, c
 from rlrestore.history import RewardHistory
 from rlrestore.levels import LevelKeeper
 from rlrestore.log import RunLog
+from rlrestore.panel import write_panel
 from rlrestore.refill import Gathered, Judged, gather
 from rlrestore.rundir import RunDir, versions
 from rlrestore.stages import (
@@ -225,6 +226,7 @@ class Evaluated:
     rows: dict[str, MetricRow]
     constraints: dict[str, ConstraintRow]
     picture: str  # path of the sample grid
+    tuned: Measured
 
 
 def _evaluate(run: Run, base: Measured, done: int, judge: bool = True) -> Evaluated:
@@ -239,7 +241,7 @@ def _evaluate(run: Run, base: Measured, done: int, judge: bool = True) -> Evalua
     if run.config.evaluate.samples > 1:
         agreement, names = run.evaluation.agreement(tuned)
         run.log.image(done, "eval/correlation", matrix_picture(agreement, names))
-    return Evaluated(rows, held, str(picture))
+    return Evaluated(rows, held, str(picture), tuned)
 
 
 def _sound(run: Run, done: int, verdict: Verdict) -> None:
@@ -328,6 +330,7 @@ def _finish(run: Run, base: Measured, clock: Clock, done: int) -> dict[str, Metr
         final = _evaluate(run, base, done, judge=False)
     elif alarm.ends_run:
         alarm.stopped_at = done
+    write_panel(run.folder.path, run.evaluation, base, final.tuned, done, config.evaluate.weights)
     result = result_json(
         config, final.rows, done, clock.total_s(), clock.stage_seconds, clock.efficiency(), run.budget.summary()
     )

@@ -363,8 +363,17 @@ def test_every_shipped_config_loads(config: str) -> None:
     from rlrestore.commands.data_compare import load_compare_config
     from rlrestore.commands.evaluate_sets import read_config as read_protocol
     from rlrestore.judging import load_judge_config
+    from rlrestore.sweep import load_sweep
 
     sections = yaml.safe_load((ROOT / config).read_text(encoding="utf-8"))
+    if config.startswith("configs/mixes/"):
+        assert load_train_config(ROOT / "configs/quickstart.yaml", [f"mixes={Path(config).stem}"]).rewards
+        return
+    if "sweep" in sections:
+        sweep = load_sweep(ROOT / config)
+        for trials in sweep.points.values():
+            load_train_config(sweep.train, trials[0].overrides)
+        return
     if "base" in sections:  # what it is may be said there
         below = (ROOT / config).parent / sections["base"]
         sections = {**yaml.safe_load(below.read_text(encoding="utf-8")), **sections}

@@ -36,8 +36,10 @@ from rlrestore.evaluate import (
     table,
 )
 from rlrestore.loop import guards_json, images_trained, result_json
+from rlrestore.panel import write_panel
 from rlrestore.pictures import to_pil
 from rlrestore.quiet import quiet
+from rlrestore.report import write_report
 from rlrestore.rundir import newest_checkpoint, open_existing
 
 # What the checkpoint's files and the meaning of base and tuned depend on; all else may differ from the run.
@@ -63,12 +65,14 @@ def run_evaluate(config_path: Path, overrides: list[str], checkpoint: Path | Non
         held = constraint_rows(config.constraints, base, tuned, evaluation.rubric)
         step = read_manifest(source).step
         picture = _write_grid(folder.path, step, evaluation.grid(base, tuned))
+        write_panel(folder.path, evaluation, base, tuned, step, config.evaluate.weights)
         result = folder.write_result(_result(folder.path, config, source, rows, held, seconds))
+        report = write_report(folder.path)
     print(f"\nbase against step {step} ({config.evaluate.weights} weights), {config.evaluate.tasks} held-out tasks x "
           f"{config.evaluate.samples} seeds:\n\n{table(rows)}")  # fmt: skip
     for line in (*constraint_lines(guards_json(held, {}, None)["constraints"]), *caveats(evaluation.tasks)):
         print(line)
-    print(f"\nsample grid  {picture}\nresult       {result}\ncheckpoint   {source}")
+    print(f"\nsample grid  {picture}\nresult       {result}\nreport       {report}\ncheckpoint   {source}")
 
 
 # -- the run that is there -----------------------------------------------------------------------------------------

