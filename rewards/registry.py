@@ -69,6 +69,11 @@ REWARDS: dict[str, tuple[type, type[Reward]]] = {
 }
 
 
+def reward_kinds() -> list[str]:
+    """Our own; those of third parties are found by name."""
+    return sorted(REWARDS)
+
+
 def find_reward(kind: str) -> tuple[type, type[Reward]]:
     """(parameter dataclass, class) of a kind; ValueError with the nearest name."""
     if kind in REWARDS:

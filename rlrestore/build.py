@@ -19,7 +19,7 @@ from envs.types import Task
 from rewards.base import Reward
 from rewards.constraints import Multipliers
 from rewards.differentiable import DifferentiableMix
-from rewards.registry import REWARDS, build_reward
+from rewards.registry import build_reward, reward_kinds
 from rewards.rubric import FailureBudget, Rubric, TermConfig
 from rlrestore.alarm import Alarm
 from rlrestore.algorithms.base import Algorithm
@@ -66,7 +66,7 @@ def load_finetune_config(path: str | Path, overrides: Sequence[str] = ()) -> Fin
 
 def train_schema() -> dict[str, Any]:
     """The JSON schema of a train config, with all plug-ins that are registered here."""
-    return json_schema(TrainConfig, plugin_schemas(), TermConfig, sorted(REWARDS), "rlrestore train config")
+    return json_schema(TrainConfig, plugin_schemas(), TermConfig, reward_kinds(), "rlrestore train config")
 
 
 def plugin_schemas() -> PluginSchemas:
