@@ -24,7 +24,7 @@ from rlrestore.config_files import ConfigError, user_errors
 from rlrestore.diffusion.kernels import DRIFT_KERNELS, KERNELS
 from rlrestore.diffusion.solvers import SOLVERS
 from rlrestore.engine.build import ENGINES
-from rlrestore.placement import check_placement
+from rlrestore.placement import check_placement, split_terms
 from rlrestore.restorers.base import Restorer
 from rlrestore.sinks import check_sinks
 from rlrestore.stages import chain_times
@@ -40,6 +40,7 @@ def check_config(config: TrainConfig, algorithm: Algorithm) -> None:
     _check_numbers(config)
     _check_sampling(config, algorithm)
     check_placement(config.placement)
+    split_terms(list(all_terms(config)), config.placement)
     _check_sizes(config, algorithm)
     _check_address(config)
     _check_asynchrony(config, algorithm)

@@ -132,11 +132,22 @@ class EngineConfig:
 
 
 @dataclass
+class RewardPoolConfig:
+    """Workers of their own for some terms, e.g. a judge on half a GPU; the others stay with `placement.reward_workers`."""
+
+    terms: list[str] = MISSING  # names under `rewards` or `evaluate.gold`
+    workers: int = 1
+    cpus: float = 1.0  # of each worker
+    gpus: float = 0.0
+
+
+@dataclass
 class PlacementConfig:
     kind: str = "local"  # local | colocated | separate
     ranks: int = 1  # trainer ranks
     rollout_actors: int = 1  # of `separate`
-    reward_workers: int = 1  # processes that score; each holds the whole mix
+    reward_workers: int = 1  # processes that score; each holds the whole mix, but for what has a pool of its own
+    reward_pools: dict[str, RewardPoolConfig] = field(default_factory=dict)  # by a name of your choice
     threads: int = 0  # of each trainer and rollout process; 0: this machine's cores / processes that work at once
     rank_cpus: float = 1.0  # what Ray reserves for each
     rollout_cpus: float = 1.0

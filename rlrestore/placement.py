@@ -15,6 +15,7 @@ from rlrestore.config import PlacementConfig
 from rlrestore.config_files import ConfigError
 
 RESOURCES = ("CPU", "GPU")
+REWARD_WORKERS = "reward workers"
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,17 @@ def pools(config: PlacementConfig) -> list[Pool]:
     wanted = [
         Pool("trainer ranks", config.ranks, _each(config.rank_cpus, config.gpus * config.rank_gpus), "PACK"),
         Pool("rollout actors", rollouts, _each(config.rollout_cpus, config.gpus * config.rollout_gpus), "SPREAD"),
-        Pool("reward workers", config.reward_workers, _each(config.reward_cpus, config.reward_gpus), "SPREAD"),
+        Pool(REWARD_WORKERS, config.reward_workers, _each(config.reward_cpus, config.reward_gpus), "SPREAD"),
+        *(
+            Pool(reward_pool_name(name), pool.workers, _each(pool.cpus, pool.gpus), "SPREAD")
+            for name, pool in config.reward_pools.items()
+        ),
     ]
     return [pool for pool in wanted if pool.count]
+
+
+def reward_pool_name(name: str) -> str:
+    return f"{REWARD_WORKERS} ({name})"
 
 
 def total(wanted: Sequence[Pool]) -> dict[str, float]:
@@ -120,6 +129,12 @@ def check_placement(config: PlacementConfig) -> None:
             raise ConfigError(f"placement.{key}={value:g} must be {'0 or ' * (key == 'reward_gpus')}positive")
         if value > 1 and value % 1:
             raise ConfigError(f"placement.{key}={value:g}: above 1 it must be a whole number")
+    for name, pool in config.reward_pools.items():
+        for key, value, least in (("workers", pool.workers, 1), ("cpus", pool.cpus, 1e-3), ("gpus", pool.gpus, 0)):
+            if value < least or (value > 1 and value % 1):
+                raise ConfigError(
+                    f"placement.reward_pools.{name}.{key}={value:g} must be a share of 1 or a whole number"
+                )
     if config.gpus and config.ranks > 1 and config.rank_gpus <= 0.5:
         raise ConfigError(
             f"placement.rank_gpus={config.rank_gpus:g} with placement.ranks={config.ranks} may put two ranks on one GPU, which NCCL "
@@ -143,3 +158,16 @@ def _lacking(pool: Pool, placed: int, nodes: Sequence[Node], free: Mapping[str, 
     if missing:
         return f"{amounts(missing)} too few for {left} of {pool.count} {pool.name}"
     return f"{left} of {pool.count} {pool.name} fit on no node: each needs {amounts(pool.each)} in one place"
+
+
+def split_terms(names: Sequence[str], config: PlacementConfig) -> dict[str, list[str]]:
+    """Pool of reward workers -> the terms that it scores, each of `names` once. ConfigError for what is in none or in two."""
+    split = {reward_pool_name(name): list(pool.terms) for name, pool in config.reward_pools.items()}
+    placed = [term for terms in split.values() for term in terms]
+    for term in placed:
+        if term not in names:
+            raise ConfigError(f"placement.reward_pools names the term {term!r}; this run has {', '.join(names)}")
+        if placed.count(term) > 1:
+            raise ConfigError(f"placement.reward_pools has the term {term!r} in two places")
+    rest = [name for name in names if name not in placed]
+    return {pool: terms for pool, terms in {REWARD_WORKERS: rest, **split}.items() if terms}

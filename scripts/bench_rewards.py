@@ -10,7 +10,7 @@ process of its own (a fork), with one thread.
 AUROC of a fault: how often a faulty picture scores worse than the restorer's sound samples of the same LQ (ties count half), as a
 group would see it; `any` is the mean over the faults. SRCC: rank correlation with `composite` over the sound pictures of an LQ, mean
 over LQs; a reward that ties them all counts 0.
-ms: of one picture, median over LQs of a batch. MB: what building it and scoring add to the process.
+ms: CPU time of one picture, median over LQs of a batch. MB: what building it and scoring add to the process.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def measure(name: str, sources: list[dict[str, Any]]) -> dict[str, Any]:
     for source in sources:
         task = source["task"]
         pictures = [*source["sound"], *source["faulty"].values()]
-        start = time.perf_counter()
+        start = time.process_time()
         scores = reward.score([Restoration(task, picture) for picture in pictures])
-        seconds.append((time.perf_counter() - start) / len(pictures))
+        seconds.append((time.process_time() - start) / len(pictures))
         failed += int((~scores.valid_N).sum())
         value = sign * scores.value_N.numpy()
         sound, faulty = value[: len(source["sound"])], value[len(source["sound"]) :]

@@ -26,7 +26,7 @@ from rlrestore.actors.joining import check_nodes, join
 from rlrestore.config import PlacementConfig, RayConfig
 from rlrestore.crew import WorkerLostError
 from rlrestore.errors import ClusterError
-from rlrestore.placement import Node, amounts, lacking, pools, total
+from rlrestore.placement import REWARD_WORKERS, Node, amounts, lacking, pools, total
 
 STARTS = 3
 
@@ -90,7 +90,9 @@ class Reservation:
     def peers(self, pool: str) -> list[int]:
         """For each process of a pool: how many trainers or samplers work at the same time on its node, itself included."""
         nodes = {
-            name: list(bundle_nodes(self.groups[name]).values()) for name in self.groups if name != "reward workers"
+            name: list(bundle_nodes(self.groups[name]).values())
+            for name in self.groups
+            if not name.startswith(REWARD_WORKERS)
         }
         homes = bundle_nodes(self.groups[pool])
         return [max(each.count(homes[index]) for each in nodes.values()) for index in sorted(homes)]

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,12 @@ from torch import Tensor
 from rewards.base import Scores
 from rewards.rubric import TermConfig
 from rlrestore.actors.cluster import fetch, reserve, spawn, start_ray
-from rlrestore.actors.rewards import RewardPool
+from rlrestore.actors.rewards import RewardPool, RewardPools
 from rlrestore.actors.workers import RewardWorker, RolloutWorker, TrainerWorker
 from rlrestore.config import PlacementConfig, RayConfig
 from rlrestore.crew import Crew, Flight, Scored, StageTimes, deal
 from rlrestore.diffusion.sampling import Chain
-from rlrestore.placement import pools, total
+from rlrestore.placement import pools, split_terms, total
 from rlrestore.types import Chunk, Images, ProbeReport, UpdateReport, UpdateRequest
 from rlrestore.weights import Published, SyncError
 
@@ -79,10 +80,13 @@ class RayCrew(Crew):
             spawn(RolloutWorker, groups["rollout actors"], index)
             for index in range(self.samplers if self.separate else 0)
         ]
-        self.rewards = RewardPool(
-            lambda index: spawn(RewardWorker, groups["reward workers"], index),
-            placement.reward_workers, terms, 1, start_s,
-        )  # fmt: skip
+        self.rewards = RewardPools({
+            pool: RewardPool(
+                partial(spawn, RewardWorker, groups[pool]), groups[pool].bundle_count,
+                {name: terms[name] for name in names}, 1, start_s,
+            )
+            for pool, names in split_terms(list(terms), placement).items()
+        })  # fmt: skip
         address, port = fetch(self.trainers[0].address.remote(), start_s, "the start of trainer rank 0")
         peers = self.reservation.peers("trainer ranks")
         starting = [
@@ -160,7 +164,7 @@ class RayCrew(Crew):
         self, submitted: Sequence[tuple[Chunk, Any, Any]], names: Sequence[str], samplers: int
     ) -> tuple[tuple[int, Chunk, Any], ...]:
         """To the reward workers in the order in which `samplers` finish (round by round); (key, chunk, images) in chunk order."""
-        workers = len(self.rewards.workers)
+        workers = self.rewards.cycle
         first = -(-self.next_key // workers) * workers  # whichever iteration: a chunk's worker follows from its place
         self.next_key = first + len(submitted)
         for place in _round_robin(deal(len(submitted), samplers)):

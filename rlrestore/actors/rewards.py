@@ -7,6 +7,7 @@ whose worker is lost twice comes back invalid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,44 @@ class _Job:
     worker: int
     ref: Any
     attempts: int = 1
+
+
+class RewardPools:
+    """Pools that score different terms of the same chunks, each on workers of its own kind and number.
+
+    A slow judge in its own pool keeps nobody waiting but the one who wants all scores of a chunk.
+    """
+
+    def __init__(self, pools: Mapping[str, RewardPool]):
+        self.pools = dict(pools)
+        self.cycle = math.lcm(*(len(pool.workers) for pool in pools.values()))  # keys that fall on the same workers
+        self.asked: dict[int, tuple[str, ...]] = {}
+
+    @property
+    def ready(self) -> list[Any]:
+        return [ref for pool in self.pools.values() for ref in pool.ready]
+
+    @property
+    def workers(self) -> list[Any]:
+        return [worker for pool in self.pools.values() for worker in pool.workers]
+
+    @property
+    def replaced(self) -> int:
+        return sum(pool.replaced for pool in self.pools.values())
+
+    def submit(self, key: int, chunk: Chunk, chunk_ref: Any, images_ref: Any, names: Sequence[str]) -> None:
+        self.asked[key] = tuple(names)
+        for pool in self.pools.values():
+            if mine := [name for name in names if name in pool.terms]:
+                pool.submit(key, chunk, chunk_ref, images_ref, mine)
+
+    def collect(self, key: int) -> dict[str, Scores]:
+        """Scores of one submitted chunk by term, in the order in which they were asked for."""
+        found: dict[str, Scores] = {}
+        for pool in self.pools.values():
+            if key in pool.jobs:
+                found |= pool.collect(key)
+        return {name: found[name] for name in self.asked.pop(key)}
 
 
 class RewardPool:
