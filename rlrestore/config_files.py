@@ -85,9 +85,8 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
         below = _with_mixes(below, mixes, path)
     for section in ("rewards", *GUARDS):
         for name in [name for name, term in (loaded.get(section) or {}).items() if term is None]:
-            if name in (below.get(section) or {}):  # a term that the base has and this one has not
-                below[section].pop(name)
-                loaded[section].pop(name)
+            (below.get(section) or {}).pop(name, None)
+            loaded[section].pop(name)  # also where the base has none: null never means a term with its defaults
     return OmegaConf.merge(below, loaded)  # type: ignore[return-value]
 
 

@@ -56,8 +56,7 @@ WORK = (
 # term by its own spread.
 MIX = """
 rewards:
-  nss: null
-  ssim_rgb: null
+  judge_hallucination: null
   judge: {weight: 1.0}
   low_frequency: {weight: 1.0, scale: 1.5e-3}
 """

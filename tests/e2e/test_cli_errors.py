@@ -110,6 +110,14 @@ def test_a_config_on_a_base_says_what_differs(folder: Path, tmp_path: Path) -> N
     assert data["run"] == {**below["run"], "steps": 9} and data["rewards"] == below["rewards"]
 
 
+def test_null_drops_a_term_and_never_adds_one(folder: Path, tmp_path: Path) -> None:
+    base = os.path.relpath(folder / "tiny_nft.yaml", tmp_path)
+    (tmp_path / "less.yaml").write_text(f"base: {base}\nrewards: {{ssim_rgb: null, niqe: null, psnr_rgb: {{}}}}\n")
+    below = read_yaml(folder / "tiny_nft.yaml")["rewards"]
+    assert "ssim_rgb" in below and "niqe" not in below
+    assert set(read_yaml(tmp_path / "less.yaml")["rewards"]) == (set(below) | {"psnr_rgb"}) - {"ssim_rgb"}
+
+
 def test_missing_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert_refused(capsys, tmp_path, tmp_path / "none.yaml", [], ["none.yaml does not exist", "configs/"])
 
