@@ -8,6 +8,7 @@ from rlrestore.planning.memory import Copies, Network, Sharding
 from rlrestore.planning.pipeline import Stages
 from rlrestore.planning.workload import Constants, Workload
 
+NOT_KNOWN = "left out: --probe measures it"
 IN_FLIGHT_SHARE = 0.3  # of the object store that an iteration's live objects may fill before it spills
 
 
@@ -90,14 +91,17 @@ def checkpoint_bytes(network: Network, sharding: Sharding, copies: Copies) -> li
 def run_seconds(work: Workload, constants: Constants, iteration_s: float) -> list[Line]:
     """The whole run: iterations, evaluations of base and tuned, checkpoints."""
     evaluations = work.evaluations * work.evaluation_rows * constants.evaluation_row_s / work.ranks
-    checkpoints = work.checkpoints * constants.checkpoint_s
     lines = [
         Line("iterations", work.iterations * iteration_s, "s", f"{work.iterations} x {iteration_s:.3g} s"),
         Line(
             "evaluations", evaluations, "s",
-            f"{work.evaluations} x {work.evaluation_rows} images x {constants.evaluation_row_s:.3g} s / {work.ranks} ranks",
+            f"{work.evaluations} x {work.evaluation_rows} images x {constants.evaluation_row_s:.3g} s / {work.ranks} ranks"
+            if constants.evaluation_row_s else NOT_KNOWN,
         ),
-        Line("checkpoints", checkpoints, "s", f"{work.checkpoints} x {constants.checkpoint_s:.3g} s"),
+        Line(
+            "checkpoints", work.checkpoints * constants.checkpoint_s, "s",
+            f"{work.checkpoints} x {constants.checkpoint_s:.3g} s" if constants.checkpoint_s else NOT_KNOWN,
+        ),
     ]  # fmt: skip
     return [*lines, Line("run", sum(line.value for line in lines), "s", "sum of the above")]
 

@@ -64,8 +64,8 @@ class Plan:
             name: {"rows": rows, "stops": verdict(self.work, self.scales[name])}
             for name, rows in plain.pop("scales").items()
         }
-        for fit, row in zip(self.fits, plain["fits"], strict=True):
-            row["memory"]["peak"], row["memory"]["peak_phase"] = fit.memory.peak, fit.memory.peak_phase
+        for fit, row in [*zip(self.fits, plain["fits"], strict=True), (self.chosen, plain["chosen"])]:
+            row["peak"], row["peak_phase"] = fit.memory.peak, fit.memory.peak_phase
         return plain
 
 

@@ -2,7 +2,7 @@
 
 Measured: seconds of a chunk at two sizes, of a micro-batch, of an optimiser step, of scoring by term, of drawing a task;
 and, for memory, the process before anything is built, what a backward saves, and what sampling adds. With `threads` as a rank
-of the placement would have. Nothing is written; a minute at the most for the embedded restorer.
+of the placement would have. Nothing is kept: one checkpoint is timed in a temporary folder.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -145,8 +146,9 @@ def _measure(
     config: TrainConfig, learner: Learner, env: Env, scorer: Scorer, chain: Chain, work: Workload, threads: int
 ) -> Constants:
     seed = config.run.seed
+    tasks = env.draw(0, work.groups)  # opens files; later draws find them open
     start = time.perf_counter()
-    tasks = env.draw(0, work.groups)
+    env.draw(1, work.groups)
     draw_s = (time.perf_counter() - start) / work.groups
     chunks = make_chunks(tasks, work.samples, work.chunk_rows, seed, 0)[:2]
     half = make_chunks(tasks[:1], work.samples, max(1, work.chunk_rows // 2), seed, 0)[0]
@@ -177,6 +179,7 @@ def _measure(
         score=Cost(0.0, sum(terms_s[name] for name in names)),
         draw_s=draw_s, driver_s=0.0, source=f"probe, {threads} thread{'s' * (threads > 1)}", terms_s=terms_s,
         evaluation_row_s=_evaluation_row_s(config, learner, chunks[0]) + sum(terms_s.values()),
+        checkpoint_s=_checkpoint_s(config, learner),
         noise=spread, threads=threads,
     )  # fmt: skip
 
@@ -203,6 +206,15 @@ def _evaluation_row_s(config: TrainConfig, learner: Learner, chunk: Chunk) -> fl
     chain = evaluation_chain(config.sampling)
     seconds, _ = seconds_of(lambda: learner.sample_with(chunk, chain, "current"), repeats=1)
     return seconds / len(chunk.rows)
+
+
+def _checkpoint_s(config: TrainConfig, learner: Learner) -> float:
+    """Into this machine's temporary folder; a shared file system may be slower."""
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        start = time.perf_counter()
+        learner.save(Path(folder))
+        learner.export(Path(folder) / "restorer", config.evaluate.weights)
+        return time.perf_counter() - start
 
 
 def seconds_of(call: Callable[[], object], repeats: int = REPEATS) -> tuple[float, float]:
