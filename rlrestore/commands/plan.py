@@ -104,7 +104,7 @@ def constants_of_run(folder: Path, parts: Parts) -> Constants:
         chunk_rows=min(past.rollout.batch, past.rollout.groups * past.rollout.samples),
         micro_rows=past.engine.micro_batch, kind=placement.kind,
         ranks=1 if placement.kind == "local" else placement.ranks, rollout_actors=placement.rollout_actors,
-        reward_workers=placement.reward_workers, staleness=placement.max_staleness,
+        reward_workers=placement.reward_workers, staleness=past.asynchrony.ahead,
         tasks_drawn=past.rollout.groups * past.curriculum.candidates,
     )  # fmt: skip
     return constants_of(stage_seconds(folder), as_it_ran, here(past), rank_threads(past), f"log of {folder}")

@@ -4,10 +4,9 @@
     score    all chunks over the reward workers; streamed, so that only what sampling did not hide counts
     update   the micro-batches of the busiest rank * points, then `updates` optimiser steps and their all-reduce
     publish  weights to the samplers' nodes, in a tree (`separate` only)
-    latency       sample + what of scoring it did not hide + update + publish + driver
-    synchronous   latency
-    staleness s   max(sample, score, update + publish, driver, latency / (s + 1)): the slowest stage, unless an iteration
-                  takes so long from its first chunk to its published version that s + 1 of them at once are too few
+    synchronous   sample + what of scoring it did not hide + update + publish + driver
+    staleness s   max(sample, score, update + publish + driver, (sample + unhidden score + driver) / s): the slowest stage; an
+                  iteration's rollouts have s iterations from their submission to their use (`asynchrony.py`)
 
 `simulate.py` plays the same pieces event by event; `tests/unit/test_planning.py` holds the two to each other.
 """
@@ -137,9 +136,11 @@ def closed_form(pipe: Pipeline) -> Stages:
     score = busy if pipe.local else score_end - sample
     update = pipe.give_s + sum(max(ranks) + pipe.step_s + pipe.reduce_s for ranks in pipe.train_s)
     driver = pipe.before_s + pipe.after_s
-    latency = sample + score + update + pipe.publish_s + driver
-    slowest = max(sample, busy, update + pipe.publish_s, driver)
-    period = latency if pipe.staleness == 0 else max(slowest, latency / (pipe.staleness + 1))
+    trainer = update + pipe.publish_s + driver
+    if pipe.staleness == 0:
+        period = sample + score + trainer
+    else:
+        period = max(sample, busy, trainer, (sample + score + driver) / pipe.staleness)
     return Stages(sample, score, update, pipe.publish_s, driver, period)
 
 

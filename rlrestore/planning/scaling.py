@@ -138,9 +138,9 @@ def why(work: Workload, next_size: Scale) -> str:
         "micro-batches a step, or a higher engine.zero",
         "gradient network": "adding gradients over ranks: fewer trained parameters (LoRA), fewer updates an iteration, or a "
         "faster network",
-        "publishing": "sending weights to the samplers: LoRA, or placement.max_staleness above 0 hides it",
+        "publishing": "sending weights to the samplers: LoRA, or asynchrony.ahead hides it",
         "object store": "images and latents on their way: larger chunks, or colocated, which keeps latents where they are",
         "driver": f"one driver asks for {chunks} chunks and draws the tasks, one after the other: larger rollout.batch",
-        "stragglers": "every barrier waits for the slowest: fewer optimiser steps an iteration, or max_staleness above 0",
+        "stragglers": "every barrier waits for the slowest: fewer optimiser steps an iteration, or asynchrony.ahead",
     }  # fmt: skip
     return reasons[next_size.bottleneck]

@@ -3,8 +3,8 @@ stream, work takes a random time, and processes of a node share its cores.
 
 One iteration: the driver draws and submits; each sampler makes its chunks in order; a finished chunk goes to its reward
 worker (chunk index modulo workers, as `actors.rewards` does it); when all are scored, the trainers update, with a
-barrier at every optimiser step, and publish a version. Rollouts of iteration v may start when version v - staleness
-is published; with 0 the loop is synchronous.
+barrier at every optimiser step, and publish a version. With a staleness of s, iteration i + s is submitted just before the
+update of iteration i (`asynchrony.py`); with 0 the loop is synchronous.
 """
 
 from __future__ import annotations
@@ -97,10 +97,7 @@ class _Run:
         self.nodes = [SharedCores(self.env, pipe.cores) for _ in range(pipe.nodes)]
         self.devices = [simpy.Resource(self.env) for _ in pipe.shares]
         self.workers = [simpy.Resource(self.env) for _ in range(pipe.reward_workers)]
-        self.driver = simpy.Resource(self.env)
         self.queues: list[simpy.Event] = [self.env.timeout(0) for _ in pipe.shares]
-        self.published: defaultdict[int, simpy.Event] = defaultdict(self.env.event)  # by version
-        self.published[0].succeed()
         self.version = 0
         self.times: list[dict[str, float]] = []
         self.busy: dict[str, float] = defaultdict(float)
@@ -119,25 +116,18 @@ class _Run:
             yield from work
             self.busy[kind] += self.env.now - start
 
-    def timeout(self, seconds: float) -> Iterator[simpy.Event]:
-        yield self.env.timeout(seconds)
-
     # -- stages ------------------------------------------------------------------------------------------------
 
-    def iteration(self, number: int, before: simpy.Event, ready: simpy.Event) -> Process:
+    def iteration(self, number: int, submitted: simpy.Event, ready: simpy.Event) -> Process:
         """Rollouts of one iteration, until all its scores are there."""
-        yield before  # submitted in order
-        yield self.published[max(0, number - self.pipe.staleness)]
-        yield self.env.process(self.on(self.driver, "driver", self.timeout(self.pipe.before_s)))
-        times, start = self.times[number], self.env.now
-        times["version"] = self.version
+        yield submitted
+        times = self.times[number]
+        times["version"], times["submitted"] = self.version, self.env.now
         first = itertools.accumulate((len(share) for share in self.pipe.shares), initial=0)
         scored: list[simpy.Event] = []
         for index, offset in zip(range(len(self.pipe.shares)), first, strict=False):
             self.queues[index] = self.env.process(self.sampler(index, offset, self.queues[index], scored))
-        samplers = list(self.queues)
-        times["submitted"] = start
-        yield simpy.AllOf(self.env, samplers)
+        yield simpy.AllOf(self.env, list(self.queues))
         times["sampled"] = self.env.now
         yield simpy.AllOf(self.env, scored)
         times["scored"] = self.env.now
@@ -161,12 +151,19 @@ class _Run:
         work = (node.work(self.pipe.score_s[chunk] * self.chance(), 1.0) for _ in range(1))
         yield from self.on(self.workers[worker], "rewards", work)
 
-    def trainer(self, ready: list[simpy.Event]) -> Process:
+    def trainer(self, submitted: list[simpy.Event], ready: list[simpy.Event]) -> Process:
+        """The driver's loop: credit, submit what comes `staleness` later, update, publish."""
+        ahead = self.pipe.staleness
+        for first in submitted[: max(1, ahead)]:
+            yield from self.submit(first)
         for number, event in enumerate(ready):
             yield event
-            yield from self.on(self.driver, "driver", self.timeout(self.pipe.after_s))
+            yield from self.drive(self.pipe.after_s)
+            if ahead:
+                yield from self.submit(*submitted[number + ahead : number + ahead + 1])
             times = self.times[number]
             times["credited"] = self.env.now
+            times["lag"] = self.version - times["version"]
             yield self.env.timeout(self.pipe.give_s)
             for seconds in self.pipe.train_s:
                 yield simpy.AllOf(self.env, [self.env.process(self.rank(rank, s)) for rank, s in enumerate(seconds)])
@@ -174,9 +171,18 @@ class _Run:
             times["updated"] = self.env.now
             yield self.env.timeout(self.pipe.publish_s)
             times["published"] = self.env.now
-            times["lag"] = self.version - times["version"]
             self.version = number + 1
-            self.published[self.version].succeed()
+            if not ahead:
+                yield from self.submit(*submitted[number + 1 : number + 2])
+
+    def submit(self, *events: simpy.Event) -> Process:
+        for event in events:
+            yield from self.drive(self.pipe.before_s)
+            event.succeed()
+
+    def drive(self, seconds: float) -> Process:
+        yield self.env.timeout(seconds)
+        self.busy["driver"] += seconds
 
     def rank(self, rank: int, seconds: float) -> Process:
         work = (self.node(rank).work(seconds * self.chance() + self.pipe.step_s, self.pipe.threads) for _ in range(1))
@@ -195,12 +201,10 @@ def simulate(pipe: Pipeline, iterations: int = 12, warmup: int = 4, seed: int = 
         iterations + warmup + pipe.staleness
     )  # the last ones keep the pipeline full until the measured ones are done
     run.times = [{} for _ in range(total)]
-    ready = [run.env.event() for _ in range(total)]
-    before = run.env.event()
-    before.succeed()
+    submitted, ready = ([run.env.event() for _ in range(total)] for _ in range(2))
     for number in range(total):
-        before = run.env.process(_in_order(run, number, before, ready[number]))
-    run.env.run(run.env.process(run.trainer(ready)))
+        run.env.process(run.iteration(number, submitted[number], ready[number]))
+    run.env.run(run.env.process(run.trainer(submitted, ready)))
     kept = run.times[warmup : warmup + iterations]
     begin = run.times[warmup - 1]["published"] if warmup else 0.0
 
@@ -217,13 +221,6 @@ def simulate(pipe: Pipeline, iterations: int = 12, warmup: int = 4, seed: int = 
         {kind: run.busy[kind] / count / run.env.now for kind, count in units.items()},
         sum(times["lag"] for times in kept) / len(kept),
     )  # fmt: skip
-
-
-def _in_order(run: _Run, number: int, before: simpy.Event, ready: simpy.Event) -> Process:
-    """An iteration's process that ends once its chunks are submitted, so that the next one may be."""
-    run.env.process(run.iteration(number, before, ready))
-    yield before
-    yield run.published[max(0, number - run.pipe.staleness)]
 
 
 def without(pipe: Pipeline, part: str) -> Pipeline:

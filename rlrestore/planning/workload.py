@@ -58,7 +58,7 @@ class Workload:
     ranks: int
     rollout_actors: int  # of `separate`
     reward_workers: int
-    staleness: int  # versions that a rollout may lag; 0 is synchronous
+    staleness: int  # versions that rollouts lag (`asynchrony.ahead`); 0 is synchronous
     iterations: int
     evaluations: int  # of base and tuned together
     evaluation_rows: int  # images of one of them
@@ -131,7 +131,7 @@ def workload_of(config: TrainConfig, chain: Chain, points: int, updates: int, si
         chunk_rows=min(config.rollout.batch, config.rollout.groups * config.rollout.samples),
         micro_rows=config.engine.micro_batch, points=points, updates=updates, kind=config.placement.kind,
         ranks=1 if local else config.placement.ranks, rollout_actors=config.placement.rollout_actors,
-        reward_workers=config.placement.reward_workers, staleness=config.placement.max_staleness, iterations=steps,
+        reward_workers=config.placement.reward_workers, staleness=config.asynchrony.ahead, iterations=steps,
         evaluations=2 + during, evaluation_rows=evaluate.tasks * evaluate.samples, checkpoints=saved,
         tasks_drawn=config.rollout.groups * config.curriculum.candidates, bytes=sizes,
     )  # fmt: skip

@@ -66,13 +66,12 @@ def test_synchronous_is_the_sum_of_what_nothing_hides() -> None:
 
 
 def test_asynchronous_is_the_slowest_stage() -> None:
-    latency = 10 + 1.6 + 13 + 0.08 + 0.2
-    one, two = (closed_form(pipe_of(WORK.replace(staleness=bound))) for bound in (1, 2))
-    assert one.iteration == pytest.approx(max(10, 6.4, 13, latency / 2))
-    assert two.iteration == pytest.approx(max(10, 6.4, 13, latency / 3))
-    slow = closed_form(pipe_of(WORK.replace(staleness=1), CONSTANTS.replace(step_s=0.0, score=Cost(0.0, 0.2))))
-    # training takes 12 s, but an iteration 10 + 3.2 + 12 + 0.28 s from draw to version, of which two may be under way
-    assert slow.iteration == pytest.approx((10 + 7.8 + 12 + 0.28) / 2)
+    fast = closed_form(pipe_of(WORK.replace(staleness=1)))
+    assert fast.iteration == pytest.approx(13 + 0.28 + fast.publish)  # the trainer and the driver, above 10 + 1.6
+    late = CONSTANTS.replace(score=Cost(0.0, 0.2))  # 12.8 s of scoring, of which 7.8 s are left when sampling ends
+    one, two = (closed_form(pipe_of(WORK.replace(staleness=bound), late)).iteration for bound in (1, 2))
+    assert one == pytest.approx(10 + 7.8 + 0.28)  # what is sampled during one update is not scored by its end
+    assert two == pytest.approx(13.28)  # with two iterations to do it in, it is
 
 
 def test_ring_and_tree() -> None:
@@ -102,13 +101,13 @@ def test_simulation_is_the_closed_form_without_chance(staleness: int, score_row_
 
 def test_one_reward_worker_saturates() -> None:
     """64 images at 1 s on one worker: 64 s an iteration, whatever the others do, and the worker is always busy."""
-    pipe = pipe_of(WORK.replace(staleness=1), CONSTANTS.replace(score=Cost(0.0, 1.0)))
+    pipe = pipe_of(WORK.replace(staleness=2), CONSTANTS.replace(score=Cost(0.0, 1.0)))
     simulated = simulate(pipe, iterations=40)
     assert simulated.iteration_s == pytest.approx(64, rel=1e-6)
     assert simulated.busy["rewards"] > 0.9 > simulated.busy["trainers"]
-    # with a worker a chunk it is the latency of two iterations at once: 10 s, the last chunk's 16 s, 13 s, the driver's 0.28
+    # with a worker a chunk, one behind, it is 10 s of sampling, the last chunk's 16 s and the driver
     more = pipe_of(WORK.replace(staleness=1, reward_workers=4), CONSTANTS.replace(score=Cost(0.0, 1.0)))
-    assert simulate(more).iteration_s == pytest.approx((10 + 16 + 13 + 0.28) / 2, rel=1e-6)
+    assert simulate(more).iteration_s == pytest.approx(26.28, rel=1e-6)
 
 
 def test_staleness_is_bounded() -> None:
