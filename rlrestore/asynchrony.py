@@ -1,6 +1,6 @@
 """Rollouts that are sampled while the trainer still works on earlier ones, and what makes training on them right.
 
-With `asynchrony.ahead: n` (placement `separate`) the rollouts of iteration i + n are submitted just before the update of iteration i,
+With `asynchrony.ahead: n` (placement `separate`) the rollouts of iteration i + n are submitted before iteration i is trained on,
 so samplers and trainers work at the same time. Rollouts then lag n versions behind the weights that are trained on them: always, not
 depending on who was fast, so a run repeats itself bit for bit.
 

@@ -103,9 +103,9 @@ def train(run: Run) -> dict[str, MetricRow]:
             draft, rollouts = run.pipeline.take(iteration)  # sampled and scored now, or while earlier ones trained
             found = _judged(run, draft, rollouts)
             run.curriculum.learn(found.tasks, found.scores)
+            run.pipeline.look_ahead(iteration)  # samplers go on while this iteration is trained on
             prices = run.multipliers.ascend(found.scores, found.levels.base)
             credit = correct(found.credit, crew.importance(found.chunks), config.asynchrony)
-            run.pipeline.look_ahead(iteration)
             requests = update_requests(
                 found.chunks, credit, crew.ranks, config.engine.micro_batch, run.algorithm.updates, seed, iteration
             )

@@ -27,8 +27,10 @@ def run(folder: Path, ahead: int, seed: int, steps: int, algorithm: str) -> dict
     name = f"{algorithm}_ahead{ahead}_seed{seed}"
     overrides = [
         f"run.dir={folder}", f"run.name={name}", f"run.seed={seed}", f"run.steps={steps}", "env.size=64",
-        f"algorithm.kind={algorithm}", "engine.kind=torch", "evaluate.every=0", "placement.kind=separate", "placement.ranks=1",
-        "placement.rollout_actors=1", "placement.threads=1", f"asynchrony.ahead={ahead}", f"placement.max_staleness={ahead}",
+        f"algorithm.kind={algorithm}", "engine.kind=torch",
+        "evaluate.every=0", "evaluate.tasks=12", "evaluate.samples=2",
+        "placement.kind=separate", "placement.ranks=1", "placement.rollout_actors=1", "placement.threads=1",
+        f"asynchrony.ahead={ahead}", f"placement.max_staleness={ahead}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "rlrestore", "train", str(ROOT / "configs/quickstart.yaml"), *overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

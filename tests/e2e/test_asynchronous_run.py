@@ -22,7 +22,7 @@ def test_a_stopped_asynchronous_run_ends_as_a_straight_one(
     """The signal comes while rollouts of the next iterations are in flight: they are sampled again by the same weights."""
     config = write_tiny(tmp_path, algorithm)
     options = [
-        "run.steps=5", "checkpoint.every=5", "evaluate.tasks=1", "placement.kind=separate", "placement.threads=1",
+        "run.steps=5", "checkpoint.every=5", "evaluate.tasks=1", "engine.lr=1e-5", "placement.kind=separate", "placement.threads=1",
         f"asynchrony.ahead={ahead}", f"placement.max_staleness={ahead}",
     ]  # fmt: skip
     runs = tmp_path / "runs"
