@@ -20,6 +20,7 @@ from rlrestore.cli_doctor import add_doctor
 from rlrestore.cli_judge import judge_app
 from rlrestore.cli_plan import add_plan
 from rlrestore.cli_views import add_views, complete_key
+from rlrestore.quiet import quiet
 
 USAGE, UNAVAILABLE, FAILED, STOPPED, INTERRUPTED = 64, 69, 70, 85, 130
 
@@ -180,6 +181,7 @@ add_views(app, lambda command: _guard(command))
 def main() -> None:
     # Read when torch is imported. Threads that spin while they wait cost more than they save once processes share cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    quiet()  # before a command's own imports, some of which talk
     app()
 
 
