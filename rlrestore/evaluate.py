@@ -191,8 +191,8 @@ def table(rows: Mapping[str, MetricRow]) -> str:
     header = ("metric", "role", "base", "tuned", "delta", "95% interval", "n", "")
     body = [
         (
-            name + (" (up)" if row.higher_is_better else " (down)"), row.role, f"{row.base:.4f}", f"{row.tuned:.4f}",
-            f"{row.delta:+.4f}", f"[{row.ci95[0]:+.4f}, {row.ci95[1]:+.4f}]", str(row.n), row.verdict,
+            name + (" (up)" if row.higher_is_better else " (down)"), row.role, _digits(row.base), _digits(row.tuned),
+            _digits(row.delta, "+"), f"[{_digits(row.ci95[0], '+')}, {_digits(row.ci95[1], '+')}]", str(row.n), row.verdict,
         )
         for name, row in rows.items()
     ]  # fmt: skip
@@ -217,6 +217,11 @@ def constraint_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _ends(ci95: Sequence[float | None]) -> str:
     return ", ".join("-" if end is None else f"{end:.4g}" for end in ci95)
+
+
+def _digits(value: float, sign: str = "") -> str:
+    """Four decimals; of what would be lost in them, two significant digits."""
+    return f"{value:{sign}.1e}" if 0 < abs(value) < 1e-3 else f"{value:{sign}.4f}"
 
 
 def caveats(tasks: Sequence[Task]) -> list[str]:

@@ -101,7 +101,7 @@ def _saved_row(row: dict[str, Any]) -> MetricRow:
 
 def _print_paths(folder: RunDir) -> None:
     newest = max((folder.path / "checkpoints").glob("step_*"), default=None)
-    grids = max((folder.path / "samples").glob("step_*/*.png"), default=None)
+    grids = max((folder.path / "samples").glob("step_*/eval_lq_base_tuned_gt.png"), default=None)
     print(f"\nTensorBoard  tensorboard --logdir {folder.path / 'tb'}")
     print(f"sample grid  {grids}\nresult       {folder.path / 'result.json'}\ncheckpoint   {newest}")
     print(f"report       {folder.path / 'report.html'}")

@@ -19,8 +19,8 @@ def broken(monkeypatch: pytest.MonkeyPatch, spoil) -> None:
     """`spoil` changes the loss of each sample, which nft made from its velocity."""
     objective = Nft.objective
 
-    def spoilt(self, noised, policies, batch):
-        loss_B, metrics = objective(self, noised, policies, batch)
+    def spoilt(self, noised, batch):
+        loss_B, metrics = objective(self, noised, batch)
         return spoil(loss_B, noised.v), metrics
 
     monkeypatch.setattr(Nft, "objective", spoilt)
