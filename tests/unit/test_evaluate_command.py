@@ -73,7 +73,7 @@ def test_it_measures_what_training_measured_and_disturbs_nothing(tiny, capsys):
     after = digests(run)
     grid = "samples/step_000002/evaluate_lq_base_tuned_gt.png"
     assert set(after) == set(before) | {grid}
-    assert {name for name in before if before[name] != after[name]} == {"result.json"}
+    assert {name for name in before if before[name] != after[name]} == {"result.json", "report.html"}
     printed = capsys.readouterr().out
     assert "psnr_rgb (up)" in printed
     assert "too few for a bootstrap interval" in printed
