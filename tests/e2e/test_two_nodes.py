@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray._raylet import Config, GcsClient  # type: ignore[attr-defined]
+from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 
 from rlrestore.actors.cluster import bundle_nodes, reserve, start_ray
@@ -49,6 +49,7 @@ def cluster() -> Iterator[Cluster]:
         patch.setenv("RAY_AUTH_TOKEN", "ab" * 32)
         patch.setenv("RAY_raylet_start_wait_time_s", "120")
         Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()  # of a Ray that an earlier test of this process started
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False, **NODE})
         try:
             cluster.add_node(num_cpus=2, **NODE)
@@ -56,6 +57,7 @@ def cluster() -> Iterator[Cluster]:
         finally:
             ray.shutdown()
             cluster.shutdown()
+            AuthenticationTokenLoader.instance().reset_cache()
 
 
 @pytest.fixture

@@ -136,13 +136,14 @@ def change_engine(crew: RayCrew, config: TrainConfig) -> None:
     """New learners in the same two processes: a second start of Ray actors would cost half a minute."""
     recipe = LearnerRecipe.of(config)
     setups = [
-        trainer.setup.remote(recipe, rank, crew.ranks, "", 0, 1, LIMIT_S) for rank, trainer in enumerate(crew.trainers)
+        trainer.setup.remote(recipe, rank, crew.ranks, "", 0, 1, crew.ranks, LIMIT_S)
+        for rank, trainer in enumerate(crew.trainers)
     ]
     fetch(setups, LIMIT_S, "new learners")
 
 
 def parameters_of(crew: RayCrew) -> dict[str, Tensor]:
-    published = fetch([trainer.publish.remote("current") for trainer in crew.trainers], LIMIT_S, "weights")
+    published = fetch([trainer.publish.remote("current", 0) for trainer in crew.trainers], LIMIT_S, "weights")
     assert published[1:] == [None] * (crew.ranks - 1)
     return load(published[0].blob)
 
