@@ -176,10 +176,12 @@ def test_a_reward_worker_killed_in_use_is_replaced(
 ) -> None:
     pids = fetch([worker.pid.remote() for worker in crew.rewards.workers], 300, "reward workers")
     replaced, submit = crew.rewards.replaced, crew.rewards.submit
+    queued: list[int] = []
 
     def submit_then_kill(key: int, *arguments: object) -> None:
         submit(key, *arguments)
-        if key == 3:  # all four chunks are queued, two on each worker
+        queued.append(key)  # keys go on from one rollout to the next
+        if len(queued) == 4:  # all four chunks are queued, two on each worker
             os.kill(pids[0], signal.SIGKILL)
 
     monkeypatch.setattr(crew.rewards, "submit", submit_then_kill)
