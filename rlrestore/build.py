@@ -1,6 +1,6 @@
 """From a typed config to the parts of a run. The only module that knows all plug-ins.
 
-What a config may not ask for stands in `checks.py`; `check_parts` adds what only the built parts can tell.
+What a config may not ask for stands in `config/checks.py`; `check_parts` adds what only the built parts can tell.
 """
 
 from __future__ import annotations
@@ -21,30 +21,44 @@ from rewards.constraints import Multipliers
 from rewards.differentiable import DifferentiableMix
 from rewards.registry import build_reward, reward_kinds
 from rewards.rubric import FailureBudget, Rubric, TermConfig
-from rlrestore.alarm import Alarm
 from rlrestore.algorithms.base import Algorithm
 from rlrestore.algorithms.registry import ALGORITHMS
-from rlrestore.board import headline, hyperparameters, layout
-from rlrestore.checks import check_config, check_needs, check_photos, check_precision, check_recorded, check_times
-from rlrestore.config import BlocksConfig, FinetuneConfig, RegulariseConfig, TrainConfig, all_terms, trained_terms
-from rlrestore.config_files import ConfigError, Plugin, PluginSchemas, plain, read_yaml, typed, user_errors
+from rlrestore.config.checks import (
+    check_config,
+    check_needs,
+    check_photos,
+    check_precision,
+    check_recorded,
+    check_times,
+)
+from rlrestore.config.explain import json_schema
+from rlrestore.config.files import ConfigError, Plugin, PluginSchemas, plain, read_yaml, typed, user_errors
+from rlrestore.config.sections import (
+    BlocksConfig,
+    FinetuneConfig,
+    RegulariseConfig,
+    TrainConfig,
+    all_terms,
+    trained_terms,
+)
 from rlrestore.crew import Crew, LocalCrew, StageTimes
-from rlrestore.curriculum import Curriculum
 from rlrestore.engine.base import Engine, EngineOptions
 from rlrestore.engine.build import build_engine, free_port
-from rlrestore.evaluate import Evaluation
-from rlrestore.explain import json_schema
-from rlrestore.history import RewardHistory
-from rlrestore.learner import Learner
-from rlrestore.levels import LevelKeeper, Wanted
-from rlrestore.log import RunLog
+from rlrestore.evaluation.alarm import Alarm
+from rlrestore.evaluation.evaluate import Evaluation
+from rlrestore.iteration.curriculum import Curriculum
+from rlrestore.iteration.history import RewardHistory
+from rlrestore.iteration.levels import LevelKeeper, Wanted
+from rlrestore.iteration.scoring import Scorer
+from rlrestore.iteration.stages import evaluation_chain
+from rlrestore.learning.learner import Learner
 from rlrestore.loop import Run, resume
+from rlrestore.reporting.board import headline, hyperparameters, layout
+from rlrestore.reporting.log import RunLog
+from rlrestore.reporting.sinks import Sink, open_sinks
 from rlrestore.restorers.base import Restorer
 from rlrestore.restorers.registry import RESTORERS
 from rlrestore.rundir import RunDir, now, versions
-from rlrestore.scoring import Scorer
-from rlrestore.sinks import Sink, open_sinks
-from rlrestore.stages import evaluation_chain
 from rlrestore.stopping import Stop
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rewards.base import Scores
 from rlrestore.diffusion.sampling import Chain
-from rlrestore.learner import Learner
-from rlrestore.scoring import Scorer
+from rlrestore.iteration.scoring import Scorer
+from rlrestore.learning.learner import Learner
 from rlrestore.types import Chunk, Images, ProbeReport, UpdateReport, UpdateRequest
 
 

@@ -7,12 +7,12 @@ from envs.pipeline.http import WrongKeyError
 from envs.pipeline.ledger import BudgetError
 from rewards.rubric import RewardBudgetError
 from rlrestore.checkpoint import CheckpointError
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
 from rlrestore.crew import WorkerLostError
 from rlrestore.engine.base import NonFiniteError
-from rlrestore.learner import StaleRolloutError
+from rlrestore.learning.learner import StaleRolloutError
+from rlrestore.learning.weights import SyncError
 from rlrestore.placement import PlacementError
-from rlrestore.weights import SyncError
 
 
 class InputError(ValueError):

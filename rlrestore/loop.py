@@ -20,25 +20,21 @@ from envs.types import Task
 from rewards.constraints import Multipliers
 from rewards.gates import gate_metrics
 from rewards.rubric import FailureBudget, Rubric, RubricScores
-from rlrestore.alarm import Alarm, Verdict
 from rlrestore.algorithms.base import Algorithm
-from rlrestore.asynchrony import Draft, Pipeline, correct
-from rlrestore.board import log_groups, log_histograms, matrix_picture
 from rlrestore.checkpoint import checkpoint_path, new_checkpoint, read_json, retain, set_aside, write_json_atomic
 from rlrestore.clock import Clock, bare_seconds
-from rlrestore.config import TrainConfig
-from rlrestore.config_files import config_hash
-from rlrestore.credit import Credit
+from rlrestore.config.files import config_hash
+from rlrestore.config.sections import TrainConfig
 from rlrestore.crew import Crew, Scored, StageTimes
-from rlrestore.curriculum import Curriculum
-from rlrestore.evaluate import ConstraintRow, Evaluation, Measured, MetricRow, compare, constraint_rows
-from rlrestore.history import RewardHistory
-from rlrestore.levels import LevelKeeper
-from rlrestore.log import RunLog
-from rlrestore.panel import write_panel
-from rlrestore.refill import Gathered, Judged, gather
-from rlrestore.rundir import RunDir, versions
-from rlrestore.stages import (
+from rlrestore.evaluation.alarm import Alarm, Verdict
+from rlrestore.evaluation.evaluate import ConstraintRow, Evaluation, Measured, MetricRow, compare, constraint_rows
+from rlrestore.iteration.asynchrony import Draft, Pipeline, correct
+from rlrestore.iteration.credit import Credit
+from rlrestore.iteration.curriculum import Curriculum
+from rlrestore.iteration.history import RewardHistory
+from rlrestore.iteration.levels import LevelKeeper
+from rlrestore.iteration.refill import Gathered, Judged, gather
+from rlrestore.iteration.stages import (
     as_judged,
     assign_credit,
     combine,
@@ -51,6 +47,10 @@ from rlrestore.stages import (
     rollout_chain,
     update_requests,
 )
+from rlrestore.reporting.board import log_groups, log_histograms, matrix_picture
+from rlrestore.reporting.log import RunLog
+from rlrestore.reporting.panel import write_panel
+from rlrestore.rundir import RunDir, versions
 from rlrestore.stopping import Stop, StopRequested
 from rlrestore.types import Chunk, UpdateReport
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlrestore.config import PlacementConfig
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
+from rlrestore.config.sections import PlacementConfig
 
 RESOURCES = ("CPU", "GPU")
 REWARD_WORKERS = "reward workers"

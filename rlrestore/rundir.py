@@ -28,8 +28,8 @@ from rlrestore.checkpoint import (
     verify,
     write_json_atomic,
 )
-from rlrestore.config import RunConfig
-from rlrestore.config_files import ConfigError, dump, plain
+from rlrestore.config.files import ConfigError, dump, plain
+from rlrestore.config.sections import RunConfig
 
 # Keys that may differ between a run and its continuation: they change no arithmetic of the iterations.
 FREE_KEYS = (

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what batch systems send before they kill
 MARGIN = (

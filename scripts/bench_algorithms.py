@@ -34,10 +34,10 @@ from scipy.stats import t as student
 from rlrestore.build import build_run, check_parts, load_train_config
 from rlrestore.checkpoint import write_json_atomic
 from rlrestore.crew import Crew
-from rlrestore.evaluate import Evaluation, Measured, compare
+from rlrestore.evaluation.evaluate import Evaluation, Measured, compare
+from rlrestore.evaluation.statistics import bootstrap_ci
 from rlrestore.loop import images_trained, train
 from rlrestore.rundir import open_run
-from rlrestore.statistics import bootstrap_ci
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, DOCS = ROOT / "configs" / "algorithms", ROOT / "docs"

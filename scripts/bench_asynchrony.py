@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rlrestore.log import read_metrics
+from rlrestore.reporting.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("nss", "low_frequency", "psnr_rgb")

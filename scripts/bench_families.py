@@ -23,9 +23,9 @@ from torch import Tensor
 from envs.types import Task
 from rlrestore.build import RESTORERS
 from rlrestore.diffusion.sampling import Chain
+from rlrestore.iteration.rollout import Sampler
+from rlrestore.iteration.stages import make_chunks
 from rlrestore.quiet import quiet
-from rlrestore.rollout import Sampler
-from rlrestore.stages import make_chunks
 
 HIDDEN, DOUBLE, SINGLE, TEXT = 768, 3, 2, 16
 SIZE, STEPS, GUIDANCE = 128, 4, 2.5

@@ -21,9 +21,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import yaml
 
 from rlrestore.build import build_run, check_parts, load_train_config
-from rlrestore.log import read_metrics
 from rlrestore.loop import train
 from rlrestore.quiet import quiet
+from rlrestore.reporting.log import read_metrics
 from rlrestore.rundir import open_run
 
 PLACEMENTS = {

@@ -28,8 +28,9 @@ import torch.multiprocessing
 import yaml
 
 from rlrestore.build import LearnerRecipe, build_env, load_train_config
-from rlrestore.credit import Credit
 from rlrestore.engine.build import free_port
+from rlrestore.iteration.credit import Credit
+from rlrestore.iteration.stages import make_chunks, rollout_chain, update_requests
 from rlrestore.planning.memory import (
     Copies,
     Memory,
@@ -40,7 +41,6 @@ from rlrestore.planning.memory import (
     trainer_memory,
 )
 from rlrestore.quiet import quiet
-from rlrestore.stages import make_chunks, rollout_chain, update_requests
 
 RANKS, ROWS = 2, 1  # rows of a chunk and of a micro-batch
 HIDDEN, HEAD, DOUBLE, SINGLE, TEXT = 1024, 128, 4, 4, 6

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from envs.types import Task
 from rewards.rubric import Rubric
 from rlrestore.build import build_crew, check_parts, load_train_config
-from rlrestore.config import TrainConfig
+from rlrestore.config.sections import TrainConfig
 from rlrestore.crew import Crew, StageTimes
-from rlrestore.rollout import to_pixels
-from rlrestore.stages import combine, evaluation_chain, make_chunks
+from rlrestore.iteration.rollout import to_pixels
+from rlrestore.iteration.stages import combine, evaluation_chain, make_chunks
 
 LOCAL = ("placement.kind=local", "placement.ranks=1", "engine.kind=torch")
 

@@ -18,8 +18,8 @@ from rewards.registry import build_reward
 from rlrestore.diffusion.sampling import Chain, sample
 from rlrestore.diffusion.schedules import time_schedule
 from rlrestore.diffusion.solvers import SOLVERS
+from rlrestore.iteration.rollout import to_pixels
 from rlrestore.restorers.embedded import EmbeddedConfig, EmbeddedRestorer
-from rlrestore.rollout import to_pixels
 
 METRICS = ("psnr_rgb", "ssim_rgb", "gmsd", "niqe", "nss")
 

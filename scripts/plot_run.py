@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from rlrestore.log import read_metrics
+from rlrestore.reporting.log import read_metrics
 
 
 def stages(runs: list[Path]) -> list[dict]:

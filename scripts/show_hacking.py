@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from rlrestore.log import read_metrics
-from rlrestore.pictures import GAP_PX, from_pil, grid, to_pil
+from rlrestore.reporting.log import read_metrics
+from rlrestore.reporting.pictures import GAP_PX, from_pil, grid, to_pil
 
 ZOOM = 2
 PANELS = {

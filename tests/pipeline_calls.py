@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from rlrestore.diffusion.conversions import pack
-from rlrestore.pictures import to_pil
+from rlrestore.reporting.pictures import to_pil
 from rlrestore.restorers.base import Restorer
 
 STEPS = 4  # DDIM steps to where it then is only if the steps divide 1000

@@ -362,8 +362,8 @@ def test_every_shipped_config_loads(config: str) -> None:
     from rlrestore.commands.data_build import load_build_config
     from rlrestore.commands.data_compare import load_compare_config
     from rlrestore.commands.evaluate_sets import read_config as read_protocol
-    from rlrestore.judging import load_judge_config
-    from rlrestore.sweep import load_sweep
+    from rlrestore.judging.train import load_judge_config
+    from rlrestore.sweeps.sweep import load_sweep
 
     sections = yaml.safe_load((ROOT / config).read_text(encoding="utf-8"))
     if config.startswith("configs/mixes/"):

@@ -14,13 +14,10 @@ import torch
 from envs.base import Env
 from rewards.rubric import Rubric
 from rlrestore.build import build_algorithm, build_run, check_parts, load_train_config
-from rlrestore.config import TrainConfig
+from rlrestore.config.sections import TrainConfig
 from rlrestore.crew import Crew, Scored
-from rlrestore.evaluate import MetricRow
-from rlrestore.loop import train
-from rlrestore.restorers.embedded import EmbeddedConfig, EmbeddedRestorer
-from rlrestore.rundir import open_run
-from rlrestore.stages import (
+from rlrestore.evaluation.evaluate import MetricRow
+from rlrestore.iteration.stages import (
     as_judged,
     assign_credit,
     combine,
@@ -29,6 +26,9 @@ from rlrestore.stages import (
     rollout_chain,
     update_requests,
 )
+from rlrestore.loop import train
+from rlrestore.restorers.embedded import EmbeddedConfig, EmbeddedRestorer
+from rlrestore.rundir import open_run
 from rlrestore.types import UpdateReport
 
 YAML = """

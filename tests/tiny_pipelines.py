@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from rlrestore.build import RESTORERS, build_restorer, load_train_config
-from rlrestore.config import TrainConfig
-from rlrestore.config_files import Plugin
+from rlrestore.config.files import Plugin
+from rlrestore.config.sections import TrainConfig
 
 PROMPT = "restore the photo"
 

@@ -23,7 +23,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlrestore.actors.joining import check_nodes, join
-from rlrestore.config import PlacementConfig, RayConfig
+from rlrestore.config.sections import PlacementConfig, RayConfig
 from rlrestore.crew import WorkerLostError
 from rlrestore.errors import ClusterError
 from rlrestore.placement import REWARD_WORKERS, Node, amounts, lacking, pools, total

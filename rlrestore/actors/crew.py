@@ -26,12 +26,12 @@ from rewards.rubric import TermConfig
 from rlrestore.actors.cluster import fetch, reserve, spawn, start_ray
 from rlrestore.actors.rewards import RewardPool, RewardPools
 from rlrestore.actors.workers import RewardWorker, RolloutWorker, TrainerWorker
-from rlrestore.config import PlacementConfig, RayConfig
+from rlrestore.config.sections import PlacementConfig, RayConfig
 from rlrestore.crew import Crew, Flight, Scored, StageTimes, deal
 from rlrestore.diffusion.sampling import Chain
+from rlrestore.learning.weights import Published, SyncError
 from rlrestore.placement import pools, split_terms, total
 from rlrestore.types import Chunk, Images, ProbeReport, UpdateReport, UpdateRequest
-from rlrestore.weights import Published, SyncError
 
 if TYPE_CHECKING:
     from rlrestore.build import LearnerRecipe

@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlrestore.actors.cluster import start_ray
-from rlrestore.config import RayConfig
+from rlrestore.config.sections import RayConfig
 from rlrestore.doctor import FAIL, OK, WARN, Finding
 from rlrestore.errors import ClusterError
 

@@ -1,6 +1,6 @@
 """The trials of a sweep on Ray Tune: as many at once as asked for, stopped early by ASHA if asked for.
 
-Tune places and stops; which trials there are and which are finished is `sweep.py`'s, by their folders. A trial is one process and
+Tune places and stops; which trials there are and which are finished is `sweeps.sweep`'s, by their folders. A trial is one process and
 reports its held-out evaluations.
 """
 
@@ -18,8 +18,8 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from rlrestore.actors.cluster import start_ray
-from rlrestore.config import RayConfig
-from rlrestore.sweep import SweepConfig, Trial
+from rlrestore.config.sections import RayConfig
+from rlrestore.sweeps.sweep import SweepConfig, Trial
 
 
 def run_trials(
@@ -79,7 +79,7 @@ def _trial(config: Mapping[str, Any], here: str, config_path: str) -> None:
     os.chdir(here)  # Tune changes it; paths in configs are from where the command was given
     import torch
 
-    from rlrestore.trial import run_trial
+    from rlrestore.sweeps.trial import run_trial
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     run_trial(Path(config_path), config["trial"][1], [_Reporter()])

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rewards.base import Scores
     from rewards.rubric import TermConfig
     from rlrestore.diffusion.sampling import Chain
+    from rlrestore.learning.weights import Published
     from rlrestore.types import Chunk, Images, Latents, ProbeReport, UpdateReport, UpdateRequest
-    from rlrestore.weights import Published
 
 
 def _quiet_threads(threads: int, peers: int = 1) -> None:
@@ -98,8 +98,8 @@ class RolloutWorker:
         import torch
 
         from rlrestore.build import best_device, build_restorer
-        from rlrestore.optimiser import select_trainable
-        from rlrestore.rollout import Sampler
+        from rlrestore.iteration.rollout import Sampler
+        from rlrestore.learning.optimiser import select_trainable
 
         self.sampler = Sampler(build_restorer(restorer).to(best_device()))
         self.network = self.sampler.restorer.denoiser
@@ -115,7 +115,7 @@ class RolloutWorker:
 
         Between the first bucket and the last this worker holds a mixture, and serves nothing.
         """
-        from rlrestore.weights import SyncError, bucket_names, held_sha256, receive
+        from rlrestore.learning.weights import SyncError, bucket_names, held_sha256, receive
 
         shapes = {name: p.shape for name, p in self.network.named_parameters() if name in set(self.names)}
         buckets = bucket_names(shapes)
@@ -133,7 +133,7 @@ class RolloutWorker:
         return published.version, sha256
 
     def sample(self, chunk: Chunk, chain: Chain, version: int) -> tuple[Images, Latents]:
-        from rlrestore.weights import SyncError
+        from rlrestore.learning.weights import SyncError
 
         if self.version != version:
             raise SyncError(
@@ -151,7 +151,7 @@ class RewardWorker:
     def setup(self, terms: Mapping[str, TermConfig], threads: int, replaces: bool = False) -> None:
         _quiet_threads(threads)
         from rewards.registry import build_reward
-        from rlrestore.scoring import Scorer
+        from rlrestore.iteration.scoring import Scorer
 
         self.scorer = Scorer(terms, lambda term: build_reward(term.kind, term.params), replaces)
 

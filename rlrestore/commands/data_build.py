@@ -25,7 +25,7 @@ from envs.pipeline.review import ReviewServer
 from envs.pipeline.run import decided, run
 from envs.pipeline.store import BuildFolder
 from rlrestore.commands.data_check import open_user_index
-from rlrestore.config_files import ConfigError, dump, read_yaml, typed
+from rlrestore.config.files import ConfigError, dump, read_yaml, typed
 from rlrestore.errors import InputError
 
 EDITORS: dict[str, Callable[[GenerateSection], Editor]] = {"gemini": GeminiEditor, "openai": OpenAIEditor}
@@ -127,7 +127,7 @@ def make_vlm(section: ApiSection) -> Vlm | None:
 def local_restorer(checkpoint: str | None) -> Restore:
     """A restorer of ours as a provider; calls take turns, because they share one model."""
     from rlrestore.commands.restore import load_restorer
-    from rlrestore.restoration import restore_pixels
+    from rlrestore.restorers.restoration import restore_pixels
 
     restorer, lock = load_restorer(Path(checkpoint) if checkpoint else None), threading.Lock()
 

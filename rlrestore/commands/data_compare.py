@@ -30,7 +30,7 @@ from rewards.base import Reward
 from rlrestore.build import build_term
 from rlrestore.commands.data_build import make_editor, make_vlm
 from rlrestore.commands.data_check import open_user_index
-from rlrestore.config_files import ConfigError, dump, read_yaml, typed
+from rlrestore.config.files import ConfigError, dump, read_yaml, typed
 from rlrestore.errors import InputError
 
 

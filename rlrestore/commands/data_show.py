@@ -22,7 +22,7 @@ from envs.sources.blobs import shown
 from envs.sources.rows import Row, primary_type
 from rlrestore.commands.data_check import open_user_index
 from rlrestore.errors import InputError
-from rlrestore.pictures import grid, to_pil
+from rlrestore.reporting.pictures import grid, to_pil
 
 THUMBNAIL = 192  # px
 

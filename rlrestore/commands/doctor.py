@@ -10,7 +10,7 @@ from pathlib import Path
 from rlrestore import doctor
 from rlrestore.actors import before_ray
 from rlrestore.build import build_env, build_restorer, build_term, load_train_config
-from rlrestore.config import RayConfig, all_terms
+from rlrestore.config.sections import RayConfig, all_terms
 from rlrestore.doctor import FAIL, OK, WARN, Finding
 from rlrestore.errors import ClusterError
 from rlrestore.quiet import quiet

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlrestore.build import build_algorithm, build_restorer, check_parts, first_draw, load_train_config
-from rlrestore.config import TrainConfig
+from rlrestore.config.sections import TrainConfig
 from rlrestore.crew import deal
-from rlrestore.optimiser import select_trainable
+from rlrestore.iteration.stages import rollout_chain
+from rlrestore.learning.optimiser import select_trainable
 from rlrestore.placement import amounts, assign, parse_nodes, pools, total
 from rlrestore.planning.memory import Copies, Network, Sharding, rollout_memory, trainer_memory
 from rlrestore.quiet import quiet
-from rlrestore.stages import rollout_chain
 from rlrestore.types import plan_updates
 
 

@@ -21,10 +21,10 @@ from rewards.rubric import FailureBudget
 from rlrestore.build import build_crew, build_evaluation, check_parts, load_train_config
 from rlrestore.checkpoint import read_json, read_manifest, verify
 from rlrestore.commands.evaluate_sets import run_sets
-from rlrestore.config import TrainConfig
-from rlrestore.config_files import ConfigError, plain, read_yaml
+from rlrestore.config.files import ConfigError, plain, read_yaml
+from rlrestore.config.sections import TrainConfig
 from rlrestore.crew import StageTimes
-from rlrestore.evaluate import (
+from rlrestore.evaluation.evaluate import (
     ConstraintRow,
     Evaluation,
     Measured,
@@ -36,10 +36,10 @@ from rlrestore.evaluate import (
     table,
 )
 from rlrestore.loop import guards_json, images_trained, result_json
-from rlrestore.panel import write_panel
-from rlrestore.pictures import to_pil
 from rlrestore.quiet import quiet
-from rlrestore.report import write_report
+from rlrestore.reporting.panel import write_panel
+from rlrestore.reporting.pictures import to_pil
+from rlrestore.reporting.report import write_report
 from rlrestore.rundir import newest_checkpoint, open_existing
 
 # What the checkpoint's files and the meaning of base and tuned depend on; all else may differ from the run.

@@ -1,4 +1,4 @@
-"""`rlrestore evaluate` with a config that has `sets`: LQ, base and tuned side by side on test sets (`rlrestore.protocol`)."""
+"""`rlrestore evaluate` with a config that has `sets`: LQ, base and tuned side by side on test sets (`evaluation.protocol`)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from rlrestore.build import best_device, build_restorer, build_term, load_train_
 from rlrestore.checkpoint import load_tensors
 from rlrestore.commands.data_check import open_user_index
 from rlrestore.commands.restore import load_restorer
-from rlrestore.config_files import ConfigError, dump, typed
+from rlrestore.config.files import ConfigError, dump, typed
 from rlrestore.errors import InputError
-from rlrestore.pictures import grid, to_pil
-from rlrestore.protocol import (
+from rlrestore.evaluation.protocol import (
     LQ,
     ProtocolConfig,
     ProtocolSection,
@@ -34,8 +33,9 @@ from rlrestore.protocol import (
     table_of,
 )
 from rlrestore.quiet import quiet
-from rlrestore.restoration import check_tiling, restore_pixels
+from rlrestore.reporting.pictures import grid, to_pil
 from rlrestore.restorers.base import Restorer
+from rlrestore.restorers.restoration import check_tiling, restore_pixels
 from rlrestore.rundir import newest_checkpoint, versions
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlrestore.build import load_train_config, train_schema
-from rlrestore.config_errors import ConfigError
-from rlrestore.explain import as_text, explained
+from rlrestore.config.errors import ConfigError
+from rlrestore.config.explain import as_text, explained
 
 
 def print_explained(path: Path, overrides: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlrestore.build import build_env, build_restorer, first_draw, load_finetune_config
-from rlrestore.finetune import finetune
+from rlrestore.learning.finetune import finetune
 from rlrestore.quiet import quiet
 from rlrestore.rundir import now, open_run, versions
 from rlrestore.stopping import Stop, StopRequested

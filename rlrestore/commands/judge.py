@@ -8,8 +8,8 @@ from pathlib import Path
 from rewards.ll_score.llbench import read_llbench
 from rewards.registry import build_reward
 from rlrestore.errors import InputError
-from rlrestore.judge_bench import bench, to_html
-from rlrestore.judging import evaluate_judge, load_judge_config, train_judge
+from rlrestore.judging.bench import bench, to_html
+from rlrestore.judging.train import evaluate_judge, load_judge_config, train_judge
 from rlrestore.quiet import quiet
 
 

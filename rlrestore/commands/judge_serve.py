@@ -12,7 +12,7 @@ from rewards.base import Reward
 from rewards.registry import build_reward
 from rewards.remote.server import LOOPBACK, ServeLimits, Service, serve
 from rewards.rubric import TermConfig
-from rlrestore.config_files import read_yaml, reward_terms, user_errors
+from rlrestore.config.files import read_yaml, reward_terms, user_errors
 from rlrestore.errors import InputError
 from rlrestore.quiet import quiet
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from rlrestore.build import load_train_config
-from rlrestore.config import TrainConfig
+from rlrestore.config.sections import TrainConfig
 from rlrestore.errors import InputError
 from rlrestore.planning.past_run import constants_of, differences, stage_seconds
 from rlrestore.planning.plan import GIB, make_plan, store_warning

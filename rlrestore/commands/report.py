@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rlrestore.checkpoint import read_json
 from rlrestore.errors import InputError
-from rlrestore.report import write_report
-from rlrestore.sweep import load_sweep
+from rlrestore.reporting.report import write_report
+from rlrestore.sweeps.sweep import load_sweep
 
 
 def run_report(source: Path, overrides: list[str]) -> None:
@@ -32,7 +32,7 @@ def run_report(source: Path, overrides: list[str]) -> None:
 
 
 def _sweep_report(file: Path, overrides: list[str]) -> None:
-    from rlrestore.sweep_report import write_sweep_report
+    from rlrestore.sweeps.report import write_sweep_report
 
     sweep = load_sweep(file, overrides)
     if not sweep.folder.is_dir():

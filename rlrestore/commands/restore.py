@@ -19,12 +19,12 @@ from envs.images import SUFFIXES, checked_size, image_files, load_rgb, open_imag
 from envs.sources.rows import parse_types
 from rlrestore.build import RESTORERS, best_device, build_restorer
 from rlrestore.checkpoint import MANIFEST, verify
-from rlrestore.config_files import Plugin
+from rlrestore.config.files import Plugin
 from rlrestore.errors import InputError
 from rlrestore.quiet import quiet
-from rlrestore.restoration import check_tiling, restore_pixels, tile_count
 from rlrestore.restorers.base import Restorer
 from rlrestore.restorers.colour import FIXES
+from rlrestore.restorers.restoration import check_tiling, restore_pixels, tile_count
 from rlrestore.rundir import newest_checkpoint
 
 # What is written, by suffix: Pillow's format, whether it has an alpha channel, its longest side.

@@ -26,7 +26,7 @@ from rewards.base import Scores
 from rewards.ll_score.prompt import TYPE_TASKS, known_task
 from rewards.rubric import Rubric, RubricScores, TermConfig
 from rlrestore.build import build_scorer
-from rlrestore.config_files import ConfigError, read_yaml, reward_terms, user_errors
+from rlrestore.config.files import ConfigError, read_yaml, reward_terms, user_errors
 from rlrestore.errors import InputError
 from rlrestore.quiet import quiet
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from rewards.registry import reward_spec
 from rlrestore.build import check_parts, load_train_config
 from rlrestore.checkpoint import read_json, write_json_atomic
-from rlrestore.config import TrainConfig, all_terms
-from rlrestore.config_files import ConfigError
-from rlrestore.log import read_metrics
+from rlrestore.config.files import ConfigError
+from rlrestore.config.sections import TrainConfig, all_terms
 from rlrestore.quiet import quiet
+from rlrestore.reporting.log import read_metrics
 from rlrestore.rundir import now
-from rlrestore.sweep import STOPPED, Sweep, Trial, describe, load_sweep
-from rlrestore.sweep_report import write_sweep_report
-from rlrestore.trial import run_trial
+from rlrestore.sweeps.report import write_sweep_report
+from rlrestore.sweeps.sweep import STOPPED, Sweep, Trial, describe, load_sweep
+from rlrestore.sweeps.trial import run_trial
 
 
 def run_sweep(path: Path, overrides: list[str], dry_run: bool) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from envs.base import Env
-from rlrestore.alarm import alarm_lines
 from rlrestore.build import build_run, check_parts, load_train_config
-from rlrestore.config import TrainConfig
-from rlrestore.evaluate import MetricRow, caveats, constraint_lines, table
+from rlrestore.config.sections import TrainConfig
+from rlrestore.evaluation.alarm import alarm_lines
+from rlrestore.evaluation.evaluate import MetricRow, caveats, constraint_lines, table
 from rlrestore.loop import Run, train
 from rlrestore.quiet import quiet
-from rlrestore.report import write_report
+from rlrestore.reporting.report import write_report
 from rlrestore.rundir import RunDir, now, open_run
 from rlrestore.stopping import Stop, StopRequested
 

@@ -11,9 +11,9 @@ from rlrestore.build import best_device, build_restorer, load_train_config
 from rlrestore.commands.restore import load_restorer
 from rlrestore.errors import InputError
 from rlrestore.quiet import quiet
-from rlrestore.restoration import restore_pixels
+from rlrestore.reporting.viewer import Gallery, ViewServer, checkpoints_of, find_runs, photos_of
 from rlrestore.restorers.base import Restorer
-from rlrestore.viewer import Gallery, ViewServer, checkpoints_of, find_runs, photos_of
+from rlrestore.restorers.restoration import restore_pixels
 
 TILE_PX, OVERLAP_PX = 256, 64
 

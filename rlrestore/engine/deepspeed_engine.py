@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlrestore.engine.base import Engine, EngineOptions, NonFiniteError
 from rlrestore.engine.group import forget_rendezvous
-from rlrestore.optimiser import adamw, adamw8bit
+from rlrestore.learning.optimiser import adamw, adamw8bit
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlrestore.checkpoint import load_tensors, save_tensors
 from rlrestore.engine.base import Engine, EngineOptions, NonFiniteError
 from rlrestore.engine.group import forget_rendezvous
-from rlrestore.optimiser import adamw, load_optimiser_tensors, optimiser_tensors, set_lr
+from rlrestore.learning.optimiser import adamw, load_optimiser_tensors, optimiser_tensors, set_lr
 
 
 class TorchEngine(Engine):

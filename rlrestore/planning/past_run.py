@@ -11,12 +11,12 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlrestore.config import TrainConfig
+from rlrestore.config.sections import TrainConfig
 from rlrestore.errors import InputError
-from rlrestore.log import read_metrics
 from rlrestore.planning.pipeline import pipeline_of
 from rlrestore.planning.simulate import simulate
 from rlrestore.planning.workload import Cluster, Constants, Cost, Workload
+from rlrestore.reporting.log import read_metrics
 
 STAGES = ("sample", "score", "update", "publish")
 TUNING_ROUNDS = 6

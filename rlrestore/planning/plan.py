@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlrestore.config import TrainConfig
+from rlrestore.config.sections import TrainConfig
 from rlrestore.planning.memory import Copies, Memory, Network, Sharding, rollout_memory, trainer_memory
 from rlrestore.planning.needs import (
     IN_FLIGHT_SHARE,

@@ -22,16 +22,16 @@ from torch import Tensor
 from envs.base import Env
 from rlrestore.algorithms.base import Algorithm, Batch
 from rlrestore.build import LearnerRecipe, build_algorithm, build_env, build_scorer
-from rlrestore.config import TrainConfig, all_terms
-from rlrestore.credit import Credit
+from rlrestore.config.sections import TrainConfig, all_terms
 from rlrestore.diffusion.sampling import Chain
 from rlrestore.engine.build import free_port
 from rlrestore.engine.group import join_group
-from rlrestore.learner import Learner
+from rlrestore.iteration.credit import Credit
+from rlrestore.iteration.scoring import Scorer
+from rlrestore.iteration.stages import evaluation_chain, make_chunks, rollout_chain, update_requests
+from rlrestore.learning.learner import Learner
 from rlrestore.planning.memory import BYTES, Copies, Network
 from rlrestore.planning.workload import Bytes, Constants, Cost, Workload, byte_sizes, workload_of
-from rlrestore.scoring import Scorer
-from rlrestore.stages import evaluation_chain, make_chunks, rollout_chain, update_requests
 from rlrestore.types import Chunk, Images
 
 REPEATS = 3

@@ -54,7 +54,9 @@ def test_the_weights_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_run_ends_and_names_the_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A penalty alone breaks: it is named, with the loss that it spoils, and the algorithm's own terms are not."""
-    monkeypatch.setattr("rlrestore.regularisers.velocity_mse_N", lambda v, target: v.flatten(1).sum(1) * float("inf"))
+    monkeypatch.setattr(
+        "rlrestore.learning.regularisers.velocity_mse_N", lambda v, target: v.flatten(1).sum(1) * float("inf")
+    )
     config = tiny_config(tmp_path, "nft", ["regularise.velocity=1", "checkpoint.every=1"])
     with pytest.raises(NonFiniteError, match=r"iteration 0: loss, regularise_velocity \(") as error:
         train_tiny(config)

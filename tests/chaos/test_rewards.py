@@ -21,9 +21,9 @@ from rlrestore.actors.cluster import fetch
 from rlrestore.actors.crew import RayCrew
 from rlrestore.build import all_terms, build_algorithm, build_crew, build_env, build_scorer
 from rlrestore.cli import _guard, app
-from rlrestore.config import TrainConfig
+from rlrestore.config.sections import TrainConfig
 from rlrestore.crew import Scored, StageTimes
-from rlrestore.stages import assign_credit, combine, make_chunks, rollout_chain, update_requests
+from rlrestore.iteration.stages import assign_credit, combine, make_chunks, rollout_chain, update_requests
 from rlrestore.types import Chunk
 from tests import faulty_rewards
 from tests.faulty_rewards import FAULTY, fails

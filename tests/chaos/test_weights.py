@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrestore.actors.workers import RolloutWorker
-from rlrestore.weights import Published, SyncError, bucket_names, publish, receive
+from rlrestore.learning.weights import Published, SyncError, bucket_names, publish, receive
 
 
 def network(width: int = 3) -> nn.Module:
@@ -117,7 +117,7 @@ def parts(net: nn.Module, version: int, by: float = 1.0) -> list[Published]:
 
 
 def test_a_network_arrives_bucket_by_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlrestore.weights.bucket_names.__defaults__", (16,))
+    monkeypatch.setattr("rlrestore.learning.weights.bucket_names.__defaults__", (16,))
     net = network()
     worker, sent = Holder(net), parts(net, 3)
     assert len(sent) == 3  # 0.bias 12 bytes; 0.weight 24; 1.bias and 1.weight 4 + 12

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlrestore.log import read_metrics
+from rlrestore.reporting.log import read_metrics
 from tests.e2e.test_stop import STOPPED, at_draw, run_cli, weights
 from tests.tiny import write_tiny
 

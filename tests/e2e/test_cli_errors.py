@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from rlrestore.cli import app
-from rlrestore.config_files import read_yaml
+from rlrestore.config.files import read_yaml
 from tests.tiny import write_tiny
 
 USAGE = 64

@@ -20,7 +20,7 @@ from envs.pipeline.process import Photo, png_of
 from envs.pipeline.ranking import bradley_terry, ranking
 from envs.pipeline.store import BuildFolder
 from rlrestore.commands.data_compare import Result, rankings_of, run_compare
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
 from tests.e2e.test_data_build import Browser, wait_until
 from tests.fake_api import SECRET, Fault, serving
 from tests.unit.test_manifest import picture

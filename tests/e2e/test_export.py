@@ -21,8 +21,8 @@ from rlrestore.commands.restore import load_restorer, run_restore
 from rlrestore.crew import StageTimes
 from rlrestore.diffusion.sampling import Chain, sample, seeded_noise
 from rlrestore.errors import InputError
-from rlrestore.restoration import restore_pixels
 from rlrestore.restorers.pipeline import PipelineRestorer
+from rlrestore.restorers.restoration import restore_pixels
 from tests.pipeline_calls import CALLS, HEIGHT, STEPS, WIDTH, comparable, photos
 from tests.tiny import train_tiny
 from tests.tiny_pipelines import PROMPT, family_config, open_pipeline, save_pipeline

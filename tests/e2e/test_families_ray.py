@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rlrestore.log import read_metrics
+from rlrestore.reporting.log import read_metrics
 from tests.tiny import train_tiny
 from tests.tiny_pipelines import family_config
 

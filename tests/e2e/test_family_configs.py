@@ -14,8 +14,8 @@ import yaml
 
 from rewards.ll_score.model import LLScoreConfig, new_ll_score
 from rlrestore.build import build_crew, check_parts, load_train_config
-from rlrestore.config import TrainConfig
-from rlrestore.config_files import read_yaml
+from rlrestore.config.files import read_yaml
+from rlrestore.config.sections import TrainConfig
 from rlrestore.crew import StageTimes
 from tests.tiny import iterate
 from tests.tiny_pipelines import prompt_options, save_pipeline

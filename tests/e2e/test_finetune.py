@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlrestore.cli import app
-from rlrestore.log import read_metrics
+from rlrestore.reporting.log import read_metrics
 
 CONFIG = """
 run: {{name: tiny, dir: {folder}/runs, seed: 0, steps: 6}}

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rlrestore.checkpoint import load_tensors
 from rlrestore.cli import app
 from rlrestore.crew import Crew, LocalCrew
-from rlrestore.evaluate import Evaluation, Measured
-from rlrestore.log import read_metrics
+from rlrestore.evaluation.evaluate import Evaluation, Measured
+from rlrestore.reporting.log import read_metrics
 from tests.tiny import write_tiny
 
 USAGE = 64

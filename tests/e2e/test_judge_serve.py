@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from rlrestore.commands.judge_serve import allowed_hosts, run_judge_serve, served_terms
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
 from rlrestore.errors import InputError
 
 LIMITS = {"max_items": 8, "max_pixels": 10_000, "max_body_mb": 1, "max_waiting": 2}

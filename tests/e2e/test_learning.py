@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlrestore.evaluate import Measured
-from rlrestore.statistics import bootstrap_ci
+from rlrestore.evaluation.evaluate import Measured
+from rlrestore.evaluation.statistics import bootstrap_ci
 from scripts.bench_algorithms import CONFIGS, Job, Outcome, execute, read
 
 NAMES = [path.stem for path in sorted(CONFIGS.glob("*.yaml"))]

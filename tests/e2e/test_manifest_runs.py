@@ -12,7 +12,7 @@ from PIL import Image
 from rlrestore.checkpoint import load_tensors
 from rlrestore.commands.finetune import run_finetune
 from rlrestore.commands.train import run_train
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
 from tests.tiny import write_tiny
 from tests.unit.test_manifest import NAMES, pack, picture, row_of, save
 

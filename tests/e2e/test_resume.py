@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from envs.photos import PhotosEnv
 from rlrestore.checkpoint import find_latest, load_tensors
 from rlrestore.cli import app
-from rlrestore.log import CLOCK_PREFIXES, comparable, read_metrics
+from rlrestore.reporting.log import CLOCK_PREFIXES, comparable, read_metrics
 from tests.tiny import write_tiny
 
 OPTIONS = ["run.steps=6", "checkpoint.every=3", "evaluate.every=2", "evaluate.tasks=2"]

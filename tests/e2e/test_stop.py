@@ -12,7 +12,7 @@ import pytest
 
 from envs.photos import PhotosEnv
 from rlrestore.cli import app
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
 from rlrestore.stopping import Stop, StopRequested
 from tests.tiny import write_tiny
 

@@ -10,8 +10,8 @@ import time
 import pytest
 
 import rlrestore.commands.sweep as command
-from rlrestore.log import read_metrics
-from rlrestore.sweep import load_sweep
+from rlrestore.reporting.log import read_metrics
+from rlrestore.sweeps.sweep import load_sweep
 from tests.tiny import write_tiny
 
 SWEEP = """

@@ -27,13 +27,13 @@ from rlrestore.actors.crew import RayCrew
 from rlrestore.actors.doctor import check_ray
 from rlrestore.actors.joining import differences, join
 from rlrestore.build import build_run, check_parts, load_train_config
-from rlrestore.config import PlacementConfig, RayConfig
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
+from rlrestore.config.sections import PlacementConfig, RayConfig
 from rlrestore.engine.build import free_port
 from rlrestore.errors import ClusterError
-from rlrestore.log import read_metrics
 from rlrestore.loop import train
 from rlrestore.placement import Node, assign, pools
+from rlrestore.reporting.log import read_metrics
 from rlrestore.rundir import open_run
 from tests.tiny import write_tiny
 

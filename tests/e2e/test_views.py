@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlrestore.commands.view import open_view
 from rlrestore.errors import InputError
-from rlrestore.report import run_context, write_report
+from rlrestore.reporting.report import run_context, write_report
 from tests.tiny import tiny_config, train_tiny
 
 

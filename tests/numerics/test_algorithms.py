@@ -12,9 +12,9 @@ from torch import nn
 from envs.base import Env
 from rlrestore.algorithms.registry import ALGORITHMS
 from rlrestore.build import build_crew, build_env, load_train_config
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
 from rlrestore.crew import LocalCrew, StageTimes
-from rlrestore.stages import cost_metrics, rollout_chain
+from rlrestore.iteration.stages import cost_metrics, rollout_chain
 from tests.tiny import iterate, tiny_config
 
 # Forwards of the current, old and reference networks at one training point of one micro-batch (docs/algorithms.md, "Cost").

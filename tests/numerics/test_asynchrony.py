@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from rlrestore.algorithms.base import Policies
-from rlrestore.anchor import importance, join_trajectories, reanchor
-from rlrestore.asynchrony import Pipeline, correct
 from rlrestore.build import build_algorithm, build_env, build_restorer, load_train_config
-from rlrestore.config import AsynchronyConfig, CurriculumConfig
-from rlrestore.config_files import ConfigError
-from rlrestore.credit import Credit
+from rlrestore.config.files import ConfigError
+from rlrestore.config.sections import AsynchronyConfig, CurriculumConfig
 from rlrestore.crew import Crew, Flight
-from rlrestore.curriculum import Curriculum
 from rlrestore.diffusion.kernels import log_ratio_mean
-from rlrestore.rollout import Sampler
+from rlrestore.iteration.asynchrony import Pipeline, correct
+from rlrestore.iteration.credit import Credit
+from rlrestore.iteration.curriculum import Curriculum
+from rlrestore.iteration.rollout import Sampler
+from rlrestore.learning.anchor import importance, join_trajectories, reanchor
 from tests.tiny import tiny_config, write_tiny
 
 AHEAD = ["placement.kind=separate", "asynchrony.ahead=1", "placement.max_staleness=1"]

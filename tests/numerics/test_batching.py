@@ -14,13 +14,13 @@ from rewards.rubric import Rubric, RubricScores, TermConfig
 from rlrestore.algorithms.grpo import Grpo, GrpoConfig
 from rlrestore.algorithms.nft import Nft, NftConfig
 from rlrestore.build import build_env, build_restorer
-from rlrestore.config import CreditConfig, SamplingConfig
-from rlrestore.credit import Credit
+from rlrestore.config.sections import CreditConfig, SamplingConfig
 from rlrestore.crew import deal
 from rlrestore.diffusion.sampling import Chain, sample
+from rlrestore.iteration.credit import Credit
+from rlrestore.iteration.rollout import Sampler
+from rlrestore.iteration.stages import assign_credit, evaluation_chain, make_chunks, rollout_chain, update_requests
 from rlrestore.restorers.base import Condition, Restorer
-from rlrestore.rollout import Sampler
-from rlrestore.stages import assign_credit, evaluation_chain, make_chunks, rollout_chain, update_requests
 from rlrestore.types import plan_updates
 from tests.tiny import tiny_config
 

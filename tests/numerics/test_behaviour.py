@@ -12,12 +12,12 @@ import torch
 
 from envs.types import Task
 from rlrestore.build import build_crew, build_env, load_train_config
-from rlrestore.config_files import ConfigError
-from rlrestore.credit import Credit
+from rlrestore.config.files import ConfigError
 from rlrestore.crew import LocalCrew, Scored, StageTimes
-from rlrestore.log import read_metrics
-from rlrestore.refill import Judged, gather
-from rlrestore.stages import make_chunks
+from rlrestore.iteration.credit import Credit
+from rlrestore.iteration.refill import Judged, gather
+from rlrestore.iteration.stages import make_chunks
+from rlrestore.reporting.log import read_metrics
 from rlrestore.types import Chunk
 from tests.tiny import iterate, tiny_config, train_tiny
 

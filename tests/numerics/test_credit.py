@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from rlrestore.credit import Credit, group_credit
-from rlrestore.history import RewardHistory
+from rlrestore.iteration.credit import Credit, group_credit
+from rlrestore.iteration.history import RewardHistory
 
 NAN = math.nan
 

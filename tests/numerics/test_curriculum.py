@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from envs.types import Task
-from rlrestore.config import CurriculumConfig
-from rlrestore.curriculum import Curriculum
+from rlrestore.config.sections import CurriculumConfig
+from rlrestore.iteration.curriculum import Curriculum
 
 LQ = torch.zeros(3, 8, 8)
 

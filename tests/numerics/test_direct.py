@@ -11,10 +11,10 @@ from torch import Tensor
 from rewards.differentiable import DifferentiableMix
 from rewards.rubric import Rubric
 from rlrestore.build import build_crew, build_env, build_term
-from rlrestore.config import TrainConfig
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
+from rlrestore.config.sections import TrainConfig
 from rlrestore.crew import LocalCrew, StageTimes
-from rlrestore.stages import combine, make_chunks, rollout_chain
+from rlrestore.iteration.stages import combine, make_chunks, rollout_chain
 from tests.tiny import iterate, tiny_config
 
 NO_MOVE = 1e-5  # float32: 8-bit pixels are left out, only the order of sums differs

@@ -15,11 +15,11 @@ import torch.multiprocessing
 from torch import Tensor
 
 from rlrestore.build import RESTORERS, LearnerRecipe, build_env, load_train_config
-from rlrestore.credit import Credit
 from rlrestore.crew import deal
 from rlrestore.engine.build import free_port
-from rlrestore.learner import Learner
-from rlrestore.stages import make_chunks, rollout_chain, update_requests
+from rlrestore.iteration.credit import Credit
+from rlrestore.iteration.stages import make_chunks, rollout_chain, update_requests
+from rlrestore.learning.learner import Learner
 from tests.tiny_pipelines import family_config
 
 IDENTITY = 1e-5

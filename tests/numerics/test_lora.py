@@ -14,13 +14,13 @@ from torch import Tensor
 from envs.registry import ENVS
 from rlrestore.actors.workers import RolloutWorker
 from rlrestore.build import RESTORERS, build_crew, check_parts
-from rlrestore.config_files import ConfigError, Plugin
+from rlrestore.config.files import ConfigError, Plugin
 from rlrestore.crew import LocalCrew, StageTimes
 from rlrestore.diffusion.sampling import Chain, sample
+from rlrestore.iteration.stages import make_chunks, rollout_chain
+from rlrestore.learning.weights import SyncError
 from rlrestore.restorers.lora import matched_modules
-from rlrestore.stages import make_chunks, rollout_chain
 from rlrestore.types import UpdateReport
-from rlrestore.weights import SyncError
 from tests.tiny import iterate
 from tests.tiny_pipelines import family_config
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from envs.base import Env
 from rlrestore.build import LearnerRecipe, build_env, load_train_config
 from rlrestore.commands.export import run_export
-from rlrestore.config import TrainConfig
-from rlrestore.credit import Credit
+from rlrestore.config.sections import TrainConfig
 from rlrestore.crew import deal
 from rlrestore.engine.build import free_port
-from rlrestore.learner import Learner
-from rlrestore.stages import evaluation_chain, make_chunks, rollout_chain, update_requests
+from rlrestore.iteration.credit import Credit
+from rlrestore.iteration.stages import evaluation_chain, make_chunks, rollout_chain, update_requests
+from rlrestore.learning.learner import Learner
 from rlrestore.types import UpdateReport
 from tests.e2e.test_export import LIMIT, difference
 from tests.tiny_pipelines import family_config, open_pipeline, save_pipeline

@@ -20,10 +20,10 @@ from envs.base import Env
 from rlrestore.actors.cluster import fetch
 from rlrestore.actors.crew import RayCrew
 from rlrestore.build import LearnerRecipe, build_crew, build_env
-from rlrestore.config import TrainConfig
+from rlrestore.config.sections import TrainConfig
 from rlrestore.crew import Crew, StageTimes
+from rlrestore.learning.weights import SyncError
 from rlrestore.types import UpdateReport
-from rlrestore.weights import SyncError
 from tests.tiny import iterate, tiny_config
 
 LIMIT_S = 300.0

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlrestore.build import RESTORERS, build_restorer
-from rlrestore.config_files import Plugin
+from rlrestore.config.files import Plugin
 from rlrestore.diffusion.sampling import Chain, sample, seeded_noise
 from rlrestore.restorers.base import Restorer
 from tests.pipeline_calls import CALLS, HEIGHT, STEPS, WIDTH, comparable, photos

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rlrestore.algorithms.base import Point, Visit
-from rlrestore.config import RegulariseConfig
-from rlrestore.regularisers import penalties
+from rlrestore.config.sections import RegulariseConfig
+from rlrestore.learning.regularisers import penalties
 from rlrestore.types import Row
 
 BATCH: Any = SimpleNamespace(condition=None)

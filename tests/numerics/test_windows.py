@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlrestore.config import SamplingConfig
-from rlrestore.windows import thinned, window_steps
+from rlrestore.config.sections import SamplingConfig
+from rlrestore.iteration.windows import thinned, window_steps
 
 
 def starts(count: int, **keys: object) -> list[int]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rewards.base import RewardSpec
 from rewards.rubric import Rubric, TermConfig
-from rlrestore.alarm import MIN_TASKS, Alarm, alarm_lines, game
-from rlrestore.config import AlarmConfig
+from rlrestore.config.sections import AlarmConfig
+from rlrestore.evaluation.alarm import MIN_TASKS, Alarm, alarm_lines, game
 
 TASKS, SAMPLES = 24, 2
 

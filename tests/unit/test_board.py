@@ -10,12 +10,12 @@ import torch
 from envs.types import Task
 from rewards.base import Scores
 from rewards.rubric import Rubric, TermConfig
-from rlrestore.board import correlation_RR, group_strips, hyperparameters, layout, matrix_picture
-from rlrestore.config_files import ConfigError
-from rlrestore.credit import Credit
+from rlrestore.config.files import ConfigError
 from rlrestore.crew import Scored
-from rlrestore.log import RunLog
-from rlrestore.sinks import check_sinks, open_sinks
+from rlrestore.iteration.credit import Credit
+from rlrestore.reporting.board import correlation_RR, group_strips, hyperparameters, layout, matrix_picture
+from rlrestore.reporting.log import RunLog
+from rlrestore.reporting.sinks import check_sinks, open_sinks
 from rlrestore.types import Chunk, Images, Row
 
 NAN = float("nan")

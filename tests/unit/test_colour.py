@@ -8,7 +8,7 @@ import torch
 
 from envs.types import Task
 from rewards.filters import atrous_low_pass
-from rlrestore.restoration import restore_pixels
+from rlrestore.iteration.rollout import to_pixels
 from rlrestore.restorers.colour import (
     FIXES,
     adain,
@@ -20,7 +20,7 @@ from rlrestore.restorers.colour import (
     wavelet,
 )
 from rlrestore.restorers.embedded import EmbeddedConfig, EmbeddedRestorer
-from rlrestore.rollout import to_pixels
+from rlrestore.restorers.restoration import restore_pixels
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

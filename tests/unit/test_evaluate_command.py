@@ -11,8 +11,8 @@ import pytest
 from envs.types import Task
 from rlrestore.commands.evaluate import run_evaluate
 from rlrestore.commands.train import run_train
-from rlrestore.config_files import ConfigError
-from rlrestore.evaluate import caveats
+from rlrestore.config.files import ConfigError
+from rlrestore.evaluation.evaluate import caveats
 
 CONFIG = """
 run: {name: tiny, seed: 0, steps: 2}

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from rlrestore.build import load_train_config, train_schema
-from rlrestore.cli_views import complete_key
-from rlrestore.config_files import layers
-from rlrestore.explain import as_text, explained, field_docs
-from rlrestore.schema_keys import packaged_schema
+from rlrestore.cli.views import complete_key
+from rlrestore.config.explain import as_text, explained, field_docs
+from rlrestore.config.files import layers
+from rlrestore.config.schema_keys import packaged_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,8 +80,8 @@ def test_layers_forget_what_a_mix_replaces(chain):
 
 
 def test_the_packaged_schema_is_up_to_date():
-    assert (ROOT / "rlrestore/train.schema.json").read_text() == as_text(train_schema()), (
-        "a key or a plug-in has changed: rlrestore schema rlrestore/train.schema.json --overwrite"
+    assert (ROOT / "rlrestore/config/train.schema.json").read_text() == as_text(train_schema()), (
+        "a key or a plug-in has changed: rlrestore schema rlrestore/config/train.schema.json --overwrite"
     )
 
 
@@ -120,6 +120,6 @@ def test_the_shell_completes_keys_and_nothing_after_the_equals_sign():
 
 
 def test_completion_imports_nothing_heavy():
-    code = "import sys; from rlrestore.cli_views import complete_key; assert complete_key('run.'); print('torch' in sys.modules)"
+    code = "import sys; from rlrestore.cli.views import complete_key; assert complete_key('run.'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

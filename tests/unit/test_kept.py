@@ -9,7 +9,7 @@ import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
 from rlrestore.engine.build import free_port
-from rlrestore.kept import Kept
+from rlrestore.learning.kept import Kept
 
 FIVE, FOUR = torch.arange(5.0), torch.arange(4.0).view(2, 2)
 

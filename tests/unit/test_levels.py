@@ -16,7 +16,7 @@ from rewards.gates import GateConfig
 from rewards.rubric import FailureBudget, TermConfig
 from rlrestore.crew import Scored
 from rlrestore.diffusion.sampling import Chain
-from rlrestore.levels import LevelKeeper, Wanted
+from rlrestore.iteration.levels import LevelKeeper, Wanted
 from rlrestore.types import Chunk, Images
 
 CHAIN = Chain((1.0, 0.5, 0.0))

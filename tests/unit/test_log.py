@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlrestore.log import RunLog, comparable, read_metrics
-from rlrestore.pictures import from_pil, grid, to_pil
+from rlrestore.reporting.log import RunLog, comparable, read_metrics
+from rlrestore.reporting.pictures import from_pil, grid, to_pil
 
 
 def run(run_dir, steps, purge_step=None, value=float):

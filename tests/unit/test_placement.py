@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlrestore.config import PlacementConfig
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
+from rlrestore.config.sections import PlacementConfig
 from rlrestore.placement import (
     Node,
     PlacementError,

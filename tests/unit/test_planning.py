@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from rlrestore.cli import app
-from rlrestore.config_files import read_yaml
+from rlrestore.config.files import read_yaml
 from rlrestore.planning.memory import Copies, Network, Sharding
 from rlrestore.planning.needs import checkpoint_bytes, cost, in_flight, run_seconds, traffic
 from rlrestore.planning.past_run import constants_of

@@ -13,10 +13,10 @@ from PIL import Image
 from envs.check import check_env
 from envs.preferences import PreferencesConfig, PreferencesEnv
 from rlrestore.build import build_crew, check_parts, load_train_config
-from rlrestore.config import TrainConfig
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
+from rlrestore.config.sections import TrainConfig
 from rlrestore.crew import LocalCrew, StageTimes
-from rlrestore.stages import rollout_chain
+from rlrestore.iteration.stages import rollout_chain
 from scripts.make_preferences import make
 from tests.tiny import iterate, tiny_config, write_tiny
 

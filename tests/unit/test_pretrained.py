@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from rlrestore.build import RESTORERS, build_restorer, check_parts
-from rlrestore.config_files import ConfigError, Plugin
-from rlrestore.optimiser import adamw8bit
+from rlrestore.config.files import ConfigError, Plugin
+from rlrestore.learning.optimiser import adamw8bit
 from rlrestore.restorers.base import Restorer
 from rlrestore.restorers.pretrained import KIND_OF_PIPELINE, local_folder
 from tests.tiny_pipelines import family_config, prompt_options, save_pipeline

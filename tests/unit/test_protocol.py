@@ -13,9 +13,17 @@ from envs.index import open_index
 from rewards.registry import build_reward
 from rlrestore.commands.evaluate import run_evaluate
 from rlrestore.commands.train import run_train
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
 from rlrestore.errors import InputError
-from rlrestore.protocol import ProtocolSection, colour_of, difference, measure_set, read_task, rows_of, summary_of
+from rlrestore.evaluation.protocol import (
+    ProtocolSection,
+    colour_of,
+    difference,
+    measure_set,
+    read_task,
+    rows_of,
+    summary_of,
+)
 from tests.tiny import write_tiny
 from tests.unit.test_manifest import picture, save
 

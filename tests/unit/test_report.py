@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlrestore.charts import Dot, Series, bars, line_chart, parallel, scatter, ticks
 from rlrestore.commands.report import run_report
 from rlrestore.errors import InputError
-from rlrestore.maps import FULL, error_map, invention_map, moved_map, unexplained
-from rlrestore.panel import deltas, read_panel
-from rlrestore.report import metric_rows, run_context, write_report
+from rlrestore.reporting.charts import Dot, Series, bars, line_chart, parallel, scatter, ticks
+from rlrestore.reporting.maps import FULL, error_map, invention_map, moved_map, unexplained
+from rlrestore.reporting.panel import deltas, read_panel
+from rlrestore.reporting.report import metric_rows, run_context, write_report
 from tests.fake_run import write_run
 
 CHROMIUM = next(
@@ -169,7 +169,7 @@ def test_pictures_survive_embedding():
 
     from PIL import Image
 
-    from rlrestore.report import data_uri
+    from rlrestore.reporting.report import data_uri
 
     small = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     uri = data_uri(small)

@@ -21,10 +21,10 @@ from envs.images import load_rgb
 from rlrestore.checkpoint import CheckpointError, new_checkpoint
 from rlrestore.cli import app
 from rlrestore.commands.restore import load_restorer, plan_jobs, read_photo, run_restore, weights_folder
-from rlrestore.config_files import ConfigError
+from rlrestore.config.files import ConfigError
 from rlrestore.errors import InputError
-from rlrestore.restoration import canvas_noise, check_tiling, restore_pixels, tile_count
 from rlrestore.restorers.embedded import PACKAGED_WEIGHTS, EmbeddedConfig, EmbeddedRestorer
+from rlrestore.restorers.restoration import canvas_noise, check_tiling, restore_pixels, tile_count
 
 CONFIG = EmbeddedConfig(
     weights=None, precision="float32", unshuffle=2, mean_channels=(16, 16), flow_channels=(16, 32), groups=4

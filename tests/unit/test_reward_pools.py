@@ -12,8 +12,8 @@ import torch
 from rewards.base import Scores
 from rlrestore.actors.rewards import RewardPools
 from rlrestore.build import load_train_config
-from rlrestore.config import PlacementConfig, RewardPoolConfig
-from rlrestore.config_files import ConfigError, dump
+from rlrestore.config.files import ConfigError, dump
+from rlrestore.config.sections import PlacementConfig, RewardPoolConfig
 from rlrestore.placement import pools, split_terms, total
 from tests.tiny import write_tiny
 

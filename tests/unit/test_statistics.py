@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rlrestore.statistics import bootstrap_ci
+from rlrestore.evaluation.statistics import bootstrap_ci
 
 
 def test_coverage_of_a_known_mean():

@@ -10,9 +10,9 @@ import yaml
 from rlrestore.build import load_train_config
 from rlrestore.commands.report import run_report
 from rlrestore.commands.sweep import run_sweep
-from rlrestore.config_files import ConfigError, read_yaml
-from rlrestore.sweep import load_sweep
-from rlrestore.sweep_report import Outcome, choose, front_shares, importance, on_front
+from rlrestore.config.files import ConfigError, read_yaml
+from rlrestore.sweeps.report import Outcome, choose, front_shares, importance, on_front
+from rlrestore.sweeps.sweep import load_sweep
 from tests.fake_run import write_run
 
 TRAIN = """

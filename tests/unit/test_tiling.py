@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlrestore.tiling import blend_tiles, blend_weights, tiles
+from rlrestore.restorers.tiling import blend_tiles, blend_weights, tiles
 
 
 def test_starts_by_hand():
