@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlrestore.algorithms.base import Point, Visit
 from rlrestore.config.sections import RegulariseConfig
-from rlrestore.learning.regularisers import penalties
+from rlrestore.learning.regularisers import SMALL, penalties
 from rlrestore.types import Row
 
 BATCH: Any = SimpleNamespace(condition=None)
@@ -30,7 +30,7 @@ def test_brightness_is_low_frequency_and_weights_are_handed_on() -> None:
     found = penalties(BOTH, POLICIES, BATCH, POINT, visit(v, 0.5))
     # x_0 = z_t - t v moves by 0.05 and 0.1; v - v_ref is 0.1 and 0.2 everywhere
     assert {name: weight for name, (weight, _) in found.items()} == {"velocity": 0.5, "low_frequency": 3.0}
-    torch.testing.assert_close(found["low_frequency"][1], torch.tensor([0.05, 0.1]))
+    torch.testing.assert_close(found["low_frequency"][1], torch.tensor([0.05, 0.1]) - SMALL / 2)
     torch.testing.assert_close(found["velocity"][1], torch.tensor([0.01, 0.04]))
 
 
@@ -52,6 +52,15 @@ def test_the_gradient_pulls_back_to_the_start() -> None:
     assert v.grad is not None
     torch.testing.assert_close(v.grad.sum(), torch.tensor(0.8))
     assert (v.grad > 0).all()
+
+
+def test_near_the_start_the_gradient_of_low_frequency_shrinks_with_the_distance() -> None:
+    v = torch.full((1, 3, 64, 64), 0.1 * SMALL, requires_grad=True)
+    found = penalties(RegulariseConfig(low_frequency=1.0), POLICIES, BATCH, POINT, visit(v, 1.0))["low_frequency"][1]
+    found.sum().backward()
+    torch.testing.assert_close(found, torch.tensor([0.1**2 * SMALL / 2]))  # d^2 / (2 SMALL)
+    assert v.grad is not None
+    torch.testing.assert_close(v.grad.sum(), torch.tensor(0.1))  # d / SMALL
 
 
 def test_switched_off_it_does_not_ask_the_reference() -> None:
