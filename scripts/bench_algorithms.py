@@ -4,8 +4,8 @@
 
 Each config of configs/algorithms/ with the quickstart's restorer, photos and mix, but smaller crops (`WORK`); the same tasks, noise and
 number of images, in this process on one thread (`placement.kind=local`, torch). A control is the same run with rewards shuffled inside
-every group (direct methods: climbed or descended by chance); it has the seed, tasks and first noise of its run, so that the two are compared
-pair by pair. Seconds are CPU seconds of this process without evaluation: other work on the machine matters little. What is
+every group (direct methods: climbed or descended by chance); it has the seed, tasks and first noise of its run, so that the two are
+compared pair by pair. Seconds are CPU seconds of this process without evaluation: other work on the machine matters little. What is
 done already is not run again, so it may be stopped at any time. Writes runs/, table.md, images.png and seconds.png into --out; with
 --docs the table and the plots go into docs/algorithms.md, too.
 """
