@@ -2,7 +2,7 @@
 # goes straight to work until requirements.lock or pyproject.toml changes. No compiler and no ninja is needed.
 #
 #   make PYTHON=/usr/bin/python3.11 test      which Python builds .venv (3.11 or 3.12; found by itself otherwise)
-#   make quickstart ARGS="iterations=4"       ARGS is passed on to the program
+#   make quickstart ARGS="run.steps=4"       ARGS is passed on to the program
 
 VENV := .venv
 BIN := $(VENV)/bin

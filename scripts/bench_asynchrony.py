@@ -20,19 +20,26 @@ from pathlib import Path
 from rlrestore.reporting.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-METRICS = ("nss", "low_frequency", "psnr_rgb")
+METRICS = ("mix", "judge", "low_frequency", "psnr_rgb")
 
 
 def run(folder: Path, ahead: int, seed: int, steps: int, algorithm: str) -> dict[str, float]:
     name = f"{algorithm}_ahead{ahead}_seed{seed}"
     overrides = [
         f"run.dir={folder}", f"run.name={name}", f"run.seed={seed}", f"run.steps={steps}", "env.size=64",
-        f"algorithm.kind={algorithm}", "engine.kind=torch",
+        "engine.kind=torch",
         "evaluate.every=0", "evaluate.tasks=12", "evaluate.samples=2",
         "placement.kind=separate", "placement.ranks=1", "placement.rollout_actors=1", "placement.threads=1",
         f"asynchrony.ahead={ahead}", f"placement.max_staleness={ahead}",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "rlrestore", "train", str(ROOT / "configs/quickstart.yaml"), *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "rlrestore",
+        "train",
+        str(ROOT / f"configs/algorithms/{algorithm}.yaml"),
+        *overrides,
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     records = [record for record in read_metrics(folder / name / "metrics.jsonl") if "time/iteration_s" in record][2:]
     metrics = json.loads((folder / name / "result.json").read_text())["metrics"]

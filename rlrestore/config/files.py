@@ -32,13 +32,17 @@ OmegaConf.clear_resolver("oc.env")
 
 
 GUARDS: dict[str, type] = {"constraints": ConstraintConfig, "gates": GateConfig}
+PLUGINS = ("algorithm", "env", "restorer")  # sections whose keys are those of their kind
 GUARD_TERM_KEYS = ("kind", "params", "scale", "timeout_s")  # what of a term a gate or a constraint may set
 
 PluginSchemas = Mapping[str, Mapping[str, type]]  # section -> kind -> dataclass
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """File, over the one that its key `base` names and over its `mixes`, plus `key=value` overrides, as plain data."""
+    """File, over the one that its key `base` names and over its `mixes`, plus `key=value` overrides, as plain data.
+
+    An override of a plug-in's kind (`algorithm.kind=grpo`) leaves the file's other keys of that section behind.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config {path} does not exist; the shipped ones are in configs/")
@@ -47,6 +51,9 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         dotlist = OmegaConf.from_dotlist(list(overrides))
         if "mixes" in dotlist:
             loaded = _with_mixes(loaded, dotlist.pop("mixes"), path)
+        for name in PLUGINS:
+            if _other_kind(loaded.get(name), dotlist.get(name)):
+                loaded.pop(name)
         data = OmegaConf.to_container(OmegaConf.merge(loaded, dotlist), resolve=True)
     except ConfigError:
         raise
@@ -76,10 +83,7 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
         raise ConfigError(f"{path}: base '{named}' leads back to itself")
     below = _with_base(base, (*above, path.resolve()))
     for section, given in loaded.items():
-        if isinstance(given, DictConfig) and given.get("kind", None) not in (
-            None,
-            (below.get(section) or {}).get("kind"),
-        ):
+        if _other_kind(below.get(section), given):
             below.pop(section, None)
     if mixes is not None:
         below = _with_mixes(below, mixes, path)
@@ -88,6 +92,11 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
             (below.get(section) or {}).pop(name, None)
             loaded[section].pop(name)  # also where the base has none: null never means a term with its defaults
     return OmegaConf.merge(below, loaded)  # type: ignore[return-value]
+
+
+def _other_kind(below: Any, given: Any) -> bool:
+    """Whether a section names a kind that is not the one below it, whose keys then mean nothing."""
+    return isinstance(given, DictConfig) and given.get("kind") not in (None, (below or {}).get("kind"))
 
 
 def _with_mixes(below: DictConfig, mixes: Any, path: Path) -> DictConfig:
@@ -104,6 +113,7 @@ def layers(path: Path, overrides: Sequence[str] = ()) -> list[tuple[str, set[str
     """
     found: list[tuple[str, set[str]]] = []
     chain: list[tuple[Path, Any]] = []
+    known: dict[str, Any] = {}  # kinds so far
     file = path
     while True:
         data = OmegaConf.to_container(OmegaConf.load(file))
@@ -116,7 +126,14 @@ def layers(path: Path, overrides: Sequence[str] = ()) -> list[tuple[str, set[str
         keys = dict(data)
         keys.pop("base", None)
         mixes = keys.pop("mixes", None)
-        gone = {f"{name}." for name, section in keys.items() if isinstance(section, Mapping) and "kind" in section}
+        kinds = {name: part["kind"] for name, part in keys.items() if isinstance(part, Mapping) and part.get("kind")}
+        anew = [
+            name
+            for name in (PLUGINS if place == "command line" else kinds)
+            if kinds.get(name, known.get(name)) != known.get(name)
+        ]
+        gone = {f"{name}." for name in anew}
+        known |= kinds
         if mixes is not None:
             gone |= {f"{name}." for name in REPLACED}
         for _, earlier in found:

@@ -140,7 +140,13 @@ def group_credit(
 
 
 def _stats(
-    advantage: Tensor, clamp: float, kept: Tensor, sample_ok: Tensor, enough_G: Tensor, spread_ok_G: Tensor, spread_G: Tensor
+    advantage: Tensor,
+    clamp: float,
+    kept: Tensor,
+    sample_ok: Tensor,
+    enough_G: Tensor,
+    spread_ok_G: Tensor,
+    spread_G: Tensor,
 ) -> dict[str, float]:
     kept_A = advantage.clamp(-clamp, clamp)[kept]
     n_kept = int(kept.sum())

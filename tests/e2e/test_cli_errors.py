@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from rlrestore.cli import app
-from rlrestore.config.files import read_yaml
+from rlrestore.config.files import layers, read_yaml
 from tests.tiny import write_tiny
 
 USAGE = 64
@@ -108,6 +108,17 @@ def test_a_config_on_a_base_says_what_differs(folder: Path, tmp_path: Path) -> N
     assert "base" not in data and data["env"] == {"kind": "paired", "folder": "x"}  # another kind: none of its keys
     assert data["algorithm"] == {**below["algorithm"], "beta": 0.5}
     assert data["run"] == {**below["run"], "steps": 9} and data["rewards"] == below["rewards"]
+
+
+def test_an_override_of_a_kind_leaves_the_other_kinds_keys_behind(tmp_path: Path) -> None:
+    (path := tmp_path / "own.yaml").write_text(
+        "algorithm: {kind: nft, beta: 0.5}\nengine: {kind: deepspeed, lr: 1.0e-3}\n"
+    )
+    data = read_yaml(path, ["algorithm.kind=grpo", "algorithm.updates=2", "engine.kind=torch"])
+    assert data == {"algorithm": {"kind": "grpo", "updates": 2}, "engine": {"kind": "torch", "lr": 1.0e-3}}
+    assert read_yaml(path, ["algorithm.kind=nft"])["algorithm"] == {"kind": "nft", "beta": 0.5}
+    assert dict(layers(path, ["algorithm.kind=grpo"]))[str(path)] == {"engine.kind", "engine.lr"}
+    assert "algorithm.beta" in dict(layers(path, ["algorithm.kind=nft"]))[str(path)]
 
 
 def test_null_drops_a_term_and_never_adds_one(folder: Path, tmp_path: Path) -> None:
