@@ -27,6 +27,16 @@ from rlrestore.types import UpdateReport
 from tests.tiny import iterate, tiny_config
 
 LIMIT_S = 300.0
+# Every other way to take a policy gradient with a ratio, as configs/algorithms/ has them: kind, overrides.
+METHODS = {
+    "ddpo": (
+        "grpo",
+        ["sampling.sampler=ddim", "sampling.level=1.0", "sampling.window=3", "sampling.window_range=[0,3]"],
+    ),
+    "flow_dppo": ("flow_dppo", ["algorithm.updates=1"]),
+    "grpo_guard": ("grpo_guard", ["algorithm.updates=1"]),
+    "mix_grpo": ("grpo", ["sampling.window=1", "sampling.window_every=1"]),
+}
 IDENTITY = 1e-6  # what the issue owes; float32 rounds the mean of a transition to about 1e-7 of its std
 RAY = [
     "placement.start_timeout_s=900", "placement.stage_timeout_s=300", "placement.threads=1", "placement.rank_cpus=0.2",
@@ -69,6 +79,13 @@ def test_local_torch(folder: Path, env: Env, updates: int, batch: int) -> None:
     config = tiny_config(folder, "grpo", [f"algorithm.updates={updates}", f"rollout.batch={batch}"])
     crew = build_crew(config, StageTimes())
     assert_on_policy(run_two(crew, config, env), updates)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_in_this_process(folder: Path, env: Env, method: str) -> None:
+    kind, options = METHODS[method]
+    config = tiny_config(folder, kind, options)
+    assert_on_policy(run_two(build_crew(config, StageTimes()), config, env), 1)
 
 
 def test_a_policy_that_moved_behind_the_back_is_seen(folder: Path, env: Env) -> None:
@@ -162,6 +179,31 @@ def test_colocated_zero(folder: Path, env: Env, colocated: RayCrew, straight: di
         change_engine(colocated, config)
         assert_on_policy(run_two(colocated, config, env), updates)
     assert_same_training(parameters_of(colocated), straight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_colocated(folder: Path, env: Env, colocated: RayCrew, method: str) -> None:
+    kind, options = METHODS[method]
+    for zero in (2, 3):
+        engine = ["engine.kind=deepspeed", f"engine.zero={zero}", "engine.partition_threshold=0"]
+        config = tiny_config(folder, kind, [*options, *engine, "placement.kind=colocated", "placement.ranks=2"])
+        change_engine(colocated, config)
+        assert_on_policy(run_two(colocated, config, env), 1)
+
+
+@pytest.mark.slow  # a Ray crew each
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_separate(folder: Path, env: Env, method: str) -> None:
+    kind, options = METHODS[method]
+    placement = ["placement.kind=separate", "placement.ranks=1", "placement.rollout_actors=2"]
+    config = tiny_config(folder, kind, [*options, *placement, *RAY])
+    crew = build_crew(config, StageTimes())
+    assert isinstance(crew, RayCrew)
+    crew.owns_ray = False
+    try:
+        assert_on_policy(run_two(crew, config, env), 1)
+    finally:
+        crew.close()
 
 
 def test_separate(folder: Path, env: Env, straight: dict[str, Tensor]) -> None:
