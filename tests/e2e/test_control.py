@@ -25,10 +25,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("config", ["quickstart", "algorithms/nft", "algorithms/grpo"])
 def test_the_mix_improves_with_its_rewards_and_not_without(tmp_path: Path, config: str) -> None:
-    for name in ("true", "shuffled"):
+    for name in ("taught", "shuffled"):
         shuffle = f"credit.shuffle={str(name == 'shuffled').lower()}"
         run_train(CONFIGS / f"{config}.yaml", [*HERE, f"run.dir={tmp_path}", f"run.name={name}", shuffle])
-    taught, untaught = (mix_deltas(tmp_path / name) for name in ("true", "shuffled"))
+    taught, untaught = (mix_deltas(tmp_path / name) for name in ("taught", "shuffled"))
     assert bootstrap_ci(taught).low > 0, bootstrap_ci(taught)
     assert bootstrap_ci(untaught).low <= 0, bootstrap_ci(untaught)
     assert bootstrap_ci(taught - untaught).low > 0  # paired: the same crops and noise
