@@ -1,4 +1,4 @@
-"""`rlrestore data ...`: the commands about data sets. the package mounts them."""
+"""`rlrestore data ...`: the commands about data sets. `cli/__init__.py` mounts them."""
 
 from __future__ import annotations
 

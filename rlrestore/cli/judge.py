@@ -1,4 +1,4 @@
-"""`rlrestore judge ...`: the commands about judges. the package mounts them."""
+"""`rlrestore judge ...`: the commands about judges. `cli/__init__.py` mounts them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`rlrestore plan`: what a run needs before machines are rented. the package mounts it."""
+"""`rlrestore plan`: what a run needs before machines are rented. `cli/__init__.py` mounts it."""
 
 from __future__ import annotations
 

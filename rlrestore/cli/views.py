@@ -1,4 +1,4 @@
-"""`rlrestore sweep`, `report`, `view`: many runs, and what a person looks at. the package mounts them."""
+"""`rlrestore sweep`, `report`, `view`: many runs, and what a person looks at. `cli/__init__.py` mounts them."""
 
 from __future__ import annotations
 

@@ -127,12 +127,8 @@ def layers(path: Path, overrides: Sequence[str] = ()) -> list[tuple[str, set[str
         keys.pop("base", None)
         mixes = keys.pop("mixes", None)
         kinds = {name: part["kind"] for name, part in keys.items() if isinstance(part, Mapping) and part.get("kind")}
-        anew = [
-            name
-            for name in (PLUGINS if place == "command line" else kinds)
-            if kinds.get(name, known.get(name)) != known.get(name)
-        ]
-        gone = {f"{name}." for name in anew}
+        may_reset = PLUGINS if place == "command line" else kinds
+        gone = {f"{name}." for name in may_reset if name in kinds and kinds[name] != known.get(name)}
         known |= kinds
         if mixes is not None:
             gone |= {f"{name}." for name in REPLACED}

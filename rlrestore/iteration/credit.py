@@ -135,25 +135,25 @@ def group_credit(
     tolerance = 1e-6 * max(1.0, float(advantage.abs().max()))
     assert float(group_mean_G.abs().max()) < tolerance, "advantages of a group must add up to 0: a mask leaks"
     clamped = advantage.clamp(-clamp, clamp)
-    stats = _stats(advantage, clamp, kept, sample_ok, enough_G, spread_ok_G, spread_G)
+    stats = _stats(advantage, clamped, kept, sample_ok, enough_G, spread_ok_G, spread_G)
     return Credit(clamped.reshape(N).float(), (kept * weight_G[:, None]).reshape(N).float(), stats)
 
 
 def _stats(
     advantage: Tensor,
-    clamp: float,
+    clamped: Tensor,
     kept: Tensor,
     sample_ok: Tensor,
     enough_G: Tensor,
     spread_ok_G: Tensor,
     spread_G: Tensor,
 ) -> dict[str, float]:
-    kept_A = advantage.clamp(-clamp, clamp)[kept]
+    kept_A = clamped[kept]
     n_kept = int(kept.sum())
     return {
         "adv_abs_mean": float(kept_A.abs().mean()) if n_kept else 0.0,
         "adv_std": float(kept_A.std(correction=0)) if n_kept else 0.0,
-        "clamped_frac": float((advantage.abs() > clamp).sum()) / max(n_kept, 1),
+        "clamped_frac": float((advantage != clamped).sum()) / max(n_kept, 1),
         "group_spread_mean": float(spread_G[enough_G].mean()) if bool(enough_G.any()) else 0.0,
         "zero_spread_groups": float((enough_G & (spread_G < ZERO_SPREAD)).sum()),
         "dropped_groups": float((~(enough_G & spread_ok_G)).sum()),

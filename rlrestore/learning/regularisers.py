@@ -21,7 +21,7 @@ from rlrestore.iteration.rollout import bounded_latent
 from rlrestore.seeds import derive_seed
 
 LOW_PASSES = 5  # as the low_frequency reward: a Gaussian of sigma 13 px
-SMALL = 0.01  # of [0, 1] RGB: some times the in-group spread of the large scales, a third of a visible step
+SMALL = 0.01  # of [0, 1] RGB, 2.5 grey levels of 255; twenty times the quickstart's in-group spread of the large scales
 
 
 def penalties(

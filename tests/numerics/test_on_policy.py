@@ -137,14 +137,20 @@ def ray_ends() -> Iterator[None]:
     ray.shutdown()
 
 
+def ray_crew(config: TrainConfig) -> RayCrew:
+    """A crew whose end leaves Ray to the next one."""
+    crew = build_crew(config, StageTimes())
+    assert isinstance(crew, RayCrew)
+    crew.owns_ray = False
+    return crew
+
+
 @pytest.fixture(scope="module")
 def colocated(folder: Path) -> Iterator[RayCrew]:
     config = tiny_config(
         folder, "grpo", ["engine.kind=deepspeed", "placement.kind=colocated", "placement.ranks=2", *RAY]
     )
-    crew = build_crew(config, StageTimes())
-    assert isinstance(crew, RayCrew)
-    crew.owns_ray = False
+    crew = ray_crew(config)
     yield crew
     crew.close()
 
@@ -197,9 +203,7 @@ def test_every_method_separate(folder: Path, env: Env, method: str) -> None:
     kind, options = METHODS[method]
     placement = ["placement.kind=separate", "placement.ranks=1", "placement.rollout_actors=2"]
     config = tiny_config(folder, kind, [*options, *placement, *RAY])
-    crew = build_crew(config, StageTimes())
-    assert isinstance(crew, RayCrew)
-    crew.owns_ray = False
+    crew = ray_crew(config)
     try:
         assert_on_policy(run_two(crew, config, env), 1)
     finally:
@@ -210,9 +214,7 @@ def test_separate(folder: Path, env: Env, straight: dict[str, Tensor]) -> None:
     """Rollout actors sample from published weights; their latents travel to the trainer."""
     options = ["placement.kind=separate", "placement.ranks=1", "placement.rollout_actors=2", *RAY]
     config = tiny_config(folder, "grpo", options)
-    crew = build_crew(config, StageTimes())
-    assert isinstance(crew, RayCrew)
-    crew.owns_ray = False
+    crew = ray_crew(config)
     try:
         assert_on_policy(run_two(crew, config, env), 1)
         assert crew.version == 2
