@@ -12,7 +12,7 @@ from rlrestore.config.sections import TrainConfig
 from rlrestore.errors import InputError
 from rlrestore.planning.past_run import constants_of, differences, stage_seconds
 from rlrestore.planning.plan import GIB, make_plan, store_warning
-from rlrestore.planning.probe import Parts, parts_of, rank_threads
+from rlrestore.planning.probe import Parts, parts_of, rank_threads, ranks_together
 from rlrestore.planning.published import published_table
 from rlrestore.planning.scaling import LARGEST, at_size
 from rlrestore.planning.show import plan_text
@@ -43,7 +43,8 @@ def run_plan(config_path: Path, overrides: list[str], options: PlanOptions) -> N
     quiet()
     _check(options)
     config = load_train_config(config_path, overrides)
-    with parts_of(config) as parts:
+    together = ranks_together(config) if options.probe and options.nodes is None else 1  # a fleet's links are reckoned
+    with parts_of(config, together) as parts:
         constants = _constants(parts, options)
         footprint = parts.footprint() if options.probe else None
         network, copies = parts.network, parts.copies

@@ -70,7 +70,7 @@ def pipeline_of(work: Workload, constants: Constants, cluster: Cluster) -> Pipel
         hand_s=tuple(0.0 if local else hand_over_s(rows * work.bytes.image, cluster) for rows in chunks),
         train_s=train_s,
         step_s=constants.step_s,
-        reduce_s=all_reduce_s(work.bytes.gradient, work.ranks, cluster),
+        reduce_s=all_reduce_s(work.bytes.gradient, work.ranks, cluster) if constants.ranks != work.ranks else 0.0,
         give_s=hand_over_s(-(-work.rollouts // work.ranks) * work.bytes.latent, cluster) if separate else 0.0,
         publish_s=publish_s(work.bytes.published, work.samplers, cluster) if separate else 0.0,
         before_s=work.tasks_drawn * constants.draw_s + (0 if local else len(chunks) * 2 * cluster.call_s),

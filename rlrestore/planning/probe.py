@@ -2,7 +2,9 @@
 
 Measured: seconds of a chunk at two sizes, of a micro-batch, of an optimiser step, of scoring by term, of drawing a task;
 and, for memory, the process before anything is built, what a backward saves, and what sampling adds. With `threads` as a rank
-of the placement would have. Nothing is kept: one checkpoint is timed in a temporary folder.
+of the placement would have. On a CPU machine as many ranks are probed together as the placement has and the cores carry
+(`ranks_together`), since they share memory's bandwidth and their collectives are not free. Nothing is kept: one checkpoint is timed
+in a temporary folder.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.multiprocessing
 from torch import Tensor
 
 from envs.base import Env
@@ -32,6 +35,7 @@ from rlrestore.iteration.stages import evaluation_chain, make_chunks, rollout_ch
 from rlrestore.learning.learner import Learner
 from rlrestore.planning.memory import BYTES, Copies, Network
 from rlrestore.planning.workload import Bytes, Constants, Cost, Workload, byte_sizes, workload_of
+from rlrestore.quiet import quiet
 from rlrestore.types import Chunk, Images
 
 REPEATS = 3
@@ -57,6 +61,14 @@ def rank_threads(config: TrainConfig) -> int:
     return max(1, cores // max(config.placement.ranks, samplers))
 
 
+def ranks_together(config: TrainConfig) -> int:
+    """Ranks that a probe runs at once; more would wait for each other's cores, which the simulation reckons itself."""
+    placement = config.placement
+    if placement.kind == "local" or placement.gpus:
+        return 1
+    return max(1, min(placement.ranks, (os.cpu_count() or 1) // rank_threads(config)))
+
+
 @dataclass
 class Parts:
     """What a probe works with, built once."""
@@ -67,6 +79,7 @@ class Parts:
     chain: Chain
     work: Workload
     threads: int
+    ranks: int  # that are probed together
     process: int  # bytes resident before anything was built
 
     @property
@@ -80,30 +93,58 @@ class Parts:
     def measure(self) -> Constants:
         config = self.config
         scorer = build_scorer(all_terms(config))
-        return _measure(config, self.learner, self.env, scorer, self.chain, self.work, self.threads)
+        constants = _measure(config, self.learner, self.env, scorer, self.chain, self.work, self.threads)
+        return constants.replace(ranks=self.ranks)
 
     def footprint(self) -> Footprint:
         return _footprint(self.process, self.config, self.learner, self.env, self.chain)
 
 
 @contextlib.contextmanager
-def parts_of(config: TrainConfig) -> Iterator[Parts]:
-    """ConfigError for what the config cannot have, as `train` says it."""
+def parts_of(config: TrainConfig, ranks: int = 1) -> Iterator[Parts]:
+    """ConfigError for what the config cannot have, as `train` says it. With several `ranks` the others run in processes of
+    their own, which take every step of a probe (`measure`, then `footprint`) with this one and end with it."""
+    if ranks == 1:
+        with _parts_of_rank(config, 0, 1, free_port()) as parts:
+            yield parts
+        return
+    port = free_port()
+    others = torch.multiprocessing.start_processes(
+        _other_rank, (config, ranks, port), nprocs=ranks - 1, join=False, daemon=True, start_method="spawn"
+    )
+    try:
+        with _parts_of_rank(config, 0, ranks, port) as parts:
+            yield parts
+    finally:
+        for process in others.processes:
+            process.terminate()
+
+
+def _other_rank(index: int, config: TrainConfig, ranks: int, port: int) -> None:
+    """Rank `index` + 1: the same calls in the same order, since the engine's collectives need every rank."""
+    quiet()
+    with _parts_of_rank(config, index + 1, ranks, port) as parts:
+        parts.measure()
+        parts.footprint()
+
+
+@contextlib.contextmanager
+def _parts_of_rank(config: TrainConfig, rank: int, ranks: int, port: int) -> Iterator[Parts]:
     threads = rank_threads(config)
     torch.set_num_threads(threads)
     if config.placement.kind != "local":
         import rlrestore.actors.crew  # noqa: F401  # a rank has Ray in its process
     process = resident_bytes()
     algorithm = build_algorithm(config.algorithm)
-    if config.engine.kind == "deepspeed":
-        join_group(0, 1, "127.0.0.1", free_port(), config.placement.stage_timeout_s)
-    learner = LearnerRecipe.of(config).build()
+    if config.engine.kind == "deepspeed" or ranks > 1:
+        join_group(rank, ranks, "127.0.0.1", port, config.placement.stage_timeout_s)
+    learner = LearnerRecipe.of(config).build(rank, ranks)
     try:
         env = build_env(config.env)
         chain = rollout_chain(config.sampling, config.run.seed, 0, algorithm)
         points = len(algorithm.points(chain, 0))
         work = workload_of(config, chain, points, algorithm.updates, _sizes(config, learner, env, chain))
-        yield Parts(config, learner, env, chain, work, threads, process)
+        yield Parts(config, learner, env, chain, work, threads, ranks, process)
     finally:
         learner.close()
 

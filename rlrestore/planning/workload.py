@@ -90,7 +90,7 @@ class Constants:
 
     sample: Cost  # a chunk through the whole chain, decoded
     train: Cost  # a micro-batch at one point: forwards and backward
-    step_s: float  # an optimiser step without its communication, and the copies that follow
+    step_s: float  # an optimiser step and the copies that follow, with the all-reduce of `ranks`
     score: Cost  # a chunk by all terms of the mix
     draw_s: float  # a task
     driver_s: float  # an iteration's credit and log
@@ -100,6 +100,7 @@ class Constants:
     checkpoint_s: float = 0.0
     noise: float = 0.0  # std of a unit of work over its mean
     threads: int = 1  # cores that a trainer or sampler kept busy when this was measured
+    ranks: int = 1  # that were measured together
 
     def replace(self, **changes) -> Self:
         return dataclasses.replace(self, **changes)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
+from rlrestore.build import load_train_config
 from rlrestore.cli import app
 from rlrestore.config.files import read_yaml
 from rlrestore.planning.memory import Copies, Network, Sharding
@@ -24,7 +26,7 @@ from rlrestore.planning.pipeline import (
     workers_to_hide,
 )
 from rlrestore.planning.plan import verdict
-from rlrestore.planning.probe import line_through
+from rlrestore.planning.probe import line_through, ranks_together
 from rlrestore.planning.published import checks, dit_forward_flops, published_table
 from rlrestore.planning.scaling import at_size, stops_at, sweep
 from rlrestore.planning.simulate import PARTS, simulate, without
@@ -280,6 +282,22 @@ def test_probe_plans_a_cluster(tiny: Path, capsys: pytest.CaptureFixture[str]) -
     assert plan["cost"]["value"] == pytest.approx(4 * plan["run"][-1]["value"] / 3600 * 2)
     assert [row["gpus"] for row in plan["scaling"]["strong"]["rows"]] == [1, 2, 4, 8, 16]
     assert not list(tiny.parent.glob("runs*"))  # nothing was trained or written
+
+
+def test_ranks_that_have_cores_are_probed_together(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = ("placement.kind=colocated", "placement.ranks=2", "placement.threads=1", "engine.kind=torch")
+    assert call(tiny, *two, "--probe", "--json") == 0
+    constants = json.loads(capsys.readouterr().out)["constants"]
+    assert constants["ranks"] == min(2, os.cpu_count() or 1)
+    config = load_train_config(tiny, [*two, "placement.threads=1024"])
+    assert ranks_together(config) == 1  # they would wait for each other's cores
+
+
+def test_an_all_reduce_that_was_measured_is_not_reckoned_as_well() -> None:
+    cluster = dataclasses.replace(FREE, store_Bps=1000.0)
+    assert pipe_of(cluster=cluster).reduce_s == pytest.approx(4.0)  # 4000 bytes, two ranks
+    assert pipe_of(constants=CONSTANTS.replace(ranks=2), cluster=cluster).reduce_s == 0
+    assert pipe_of(WORK.replace(ranks=4), CONSTANTS.replace(ranks=2), cluster).reduce_s == pytest.approx(6.0)
 
 
 def test_without_a_probe_no_time_is_claimed(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
