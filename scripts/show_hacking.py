@@ -6,6 +6,7 @@ python scripts/show_hacking.py docs/img/hacking alone=runs/hack_alone gates=runs
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import matplotlib
@@ -27,16 +28,14 @@ PANELS = {
     "SSIM, gold": "eval/gold/ssim_rgb/tuned",
     "wary of hallucination, share": "eval/held/judge_hallucination/measured",
     "judge's quality": "eval/{}/judge/tuned",
-    "multiplier of hallucination": "constraint/lambda/judge_hallucination",
+    "multiplier of the judge's quality": "constraint/lambda/judge",
 }
 
 
 def points(rows: list[dict[str, float]], tag: str) -> tuple[list[float], list[float]]:
     """Steps and values of the one tag that matches; {} is any name."""
-    first, _, last = tag.partition("{}")
-    found = [
-        (row["step"], v) for row in rows for name, v in row.items() if name.startswith(first) and name.endswith(last)
-    ]
+    pattern = re.compile(re.escape(tag).replace(re.escape("{}"), "[^/]+"))
+    found = [(row["step"], value) for row in rows for name, value in row.items() if pattern.fullmatch(name)]
     return [step for step, _ in found], [value for _, value in found]
 
 
