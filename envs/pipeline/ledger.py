@@ -1,8 +1,8 @@
 """The account of paid calls: each request is paid for once, and a budget stops the run before it is passed.
 
 Before a call an `intent` is on disk, after it a `result` with its cost; an answer that is there is never asked for again.
-A process that was killed in between leaves an intent without a result: that request is sent once more, with the same
-Idempotency-Key, by which a server that knows it can tell that it was paid. A second loss is final.
+A process that was killed in between leaves an intent without a result: that request is sent again, with the same
+Idempotency-Key, by which a server that knows it can tell that it was paid. What was lost MAX_LOST times is given up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from envs.pipeline.config import ApiSection, BudgetSection
 from envs.pipeline.http import Refused, Rejected
 from envs.pipeline.store import Blobs, Journal
 
-MAX_LOST = 2
+# A kill takes all requests with it that are under way, and the next one may find the same again: after a few losses of chance the
+# data set must be the same. So many in a row are no chance: this request kills the process, and each time costs.
+MAX_LOST = 8
 
 
 class BudgetError(RuntimeError):

@@ -349,7 +349,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_data_set(after: int, lq_folder, 
         kept = {record["key"] for record in calls(tmp_path / "builds" / "killed") if record["event"] == "result"}
         resumed = run_build(config, ["build.reviewed=none"])
         twice = {key: n for key, n in api.answered.items() if n > 1}
-        # A call that the process did not live to note is sent once more under its key, by which a provider knows it.
+        # A call that the process did not live to note is sent again under its key, by which a provider knows it.
         assert not kept & twice.keys(), "an answer that was on disk was paid for again"
         assert len(twice) <= 4 and max([*twice.values(), 1]) <= 2, twice
         assert len(api.answered) == charges, "as many charges as without the kill, by key"

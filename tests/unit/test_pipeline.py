@@ -13,7 +13,7 @@ from envs.pipeline.align import align, measured_shift
 from envs.pipeline.config import ApiSection, BudgetSection, FilterSection
 from envs.pipeline.filters import measure, reasons
 from envs.pipeline.http import RateLimit, Refused, Rejected, Unanswered
-from envs.pipeline.ledger import Answer, BudgetError, Ledger
+from envs.pipeline.ledger import MAX_LOST, Answer, BudgetError, Ledger
 from envs.pipeline.prompts import adaptive_prompt, clean, read_diagnosis, read_verdict, strict_object
 from envs.pipeline.store import BuildFolder, Journal
 
@@ -227,12 +227,13 @@ def test_what_is_final_is_not_asked_again(error: Exception, tries: int, tmp_path
     assert len(sent) == tries
 
 
-def test_a_lost_call_is_sent_once_more_and_then_given_up(tmp_path: Path) -> None:
+def test_a_lost_call_is_sent_again_and_in_the_end_given_up(tmp_path: Path) -> None:
     folder = BuildFolder(tmp_path / "b")
-    folder.calls.append({"key": "k", "event": "intent"})  # the process died here
+    for _ in range(MAX_LOST - 1):
+        folder.calls.append({"key": "k", "event": "intent"})  # the process died here
     ledger = Ledger(folder.calls, folder.blobs, BudgetSection())
     assert ledger.call("k", "", PRICES, lambda _: Answer(b"x")) == b"x"
-    for _ in range(2):
+    for _ in range(MAX_LOST):
         folder.calls.append({"key": "l", "event": "intent"})
     with pytest.raises(Rejected, match="lost with the process each time"):
         Ledger(folder.calls, folder.blobs, BudgetSection()).call("l", "", PRICES, lambda _: Answer(b"x"))
