@@ -172,7 +172,7 @@ def pairs_of(dataset: Path) -> dict[str, bytes]:
 # --- the whole way ----------------------------------------------------------------------------------------------------
 
 
-def test_every_fault_ends_in_its_place(lq_folder, world: World, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_every_fault_ends_in_its_place(lq_folder, world: World, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     world.trouble = True
     with serving(world) as api:
         config = write_config(api, lq_folder[0], tmp_path)
@@ -219,6 +219,7 @@ def test_every_fault_ends_in_its_place(lq_folder, world: World, tmp_path: Path) 
     assert statistics["tokens_in"] == sum(r.get("tokens_in", 0) for r in calls(tmp_path / "builds" / "b"))
     for name, data in contents(tmp_path / "builds").items():
         assert SECRET.encode() not in data, f"the key is in {name}"
+    assert SECRET not in "".join(capsys.readouterr())
 
 
 def calls(build: Path) -> list[dict]:

@@ -21,7 +21,7 @@ from envs.pipeline.ranking import bradley_terry, ranking
 from envs.pipeline.store import BuildFolder
 from rlrestore.commands.data_compare import Result, rankings_of, run_compare
 from rlrestore.config.files import ConfigError
-from tests.e2e.test_data_build import Browser, wait_until
+from tests.e2e.test_data_build import Browser, contents, wait_until
 from tests.fake_api import SECRET, Fault, serving
 from tests.unit.test_manifest import picture
 
@@ -59,7 +59,9 @@ def config_for(url: str, source: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("fair", [True, False])
-def test_a_known_order_is_found(fair: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_order_is_found(
+    fair: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("FAKE_KEY", SECRET)
     source = tmp_path / "lq"
     source.mkdir()
@@ -73,7 +75,7 @@ def test_a_known_order_is_found(fair: bool, tmp_path: Path, monkeypatch: pytest.
             scene = "street" if pictures[0].mean() > 128 else "moon"  # the latter is no scene that was asked for
             return json.dumps({"better": "2" if not fair or sharp[0] > sharp[1] else "3", "scene": scene})
         if "model=refuses" in text:
-            return Fault(400, '{"error": {"code": "moderation_blocked"}}')
+            return Fault(400, f'{{"error": {{"code": "moderation_blocked", "key": "{SECRET}"}}}}')
         return png_of(gaussian_filter(pictures[0], (9, 9, 0) if "model=blurry" in text else (1, 1, 0)))
 
     with serving(script) as api:
@@ -97,6 +99,9 @@ def test_a_known_order_is_found(fair: bool, tmp_path: Path, monkeypatch: pytest.
     assert {name for name in summary["rankings"] if name.startswith("scene")} == {"scene: street"}
     assert summary["rankings"]["scene: street"]["good"]["photos"] == streets
     assert summary["people"] == {"all": {}}
+    for name, data in contents(tmp_path / "c").items():
+        assert SECRET.encode() not in data, f"the key is in {name}"
+    assert SECRET not in "".join(capsys.readouterr())
 
 
 @pytest.fixture

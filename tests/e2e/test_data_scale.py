@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from envs.balance import Classes, Epochs
+from envs.index import open_index
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +46,18 @@ env.draw(0, 8), env.draw(6000, 8)
 print(json.dumps({"rows": size, "open_s": opened, "access_us": [1e6 * s for s in spots], "env_s": time.perf_counter() - start,
                   "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
                   "types": index.types(), "bad": index.bad_count}))
+"""
+
+
+# argv: source, cache, seed of the draws, per_step, then first, last and stride of the steps that this process draws
+ROWS = """
+import sys
+import numpy as np
+from envs.manifest import ManifestConfig, ManifestEnv
+source, cache, out = sys.argv[1:4]
+per_step, first, last, stride = map(int, sys.argv[4:])
+env = ManifestEnv(ManifestConfig(source, size=32, per_step=per_step, cache=cache, seed=1))
+np.save(out, [env.order.row(step, position) for step in range(first, last, stride) for position in range(per_step)])
 """
 
 
@@ -88,6 +101,27 @@ def test_the_index_at_full_size(big: Path, tmp_path: Path) -> None:
     assert max(first["peak_gib"], again["peak_gib"]) < MEMORY_GIB
     assert max(again["access_us"]) < 3 * min(again["access_us"])  # wherever the row is
     assert np.median(again["access_us"]) < 3 * np.median(small["access_us"])  # however many there are
+
+
+def test_processes_share_nothing_and_miss_nothing(big: Path, tmp_path: Path) -> None:
+    """Two workers, and a process that resumes in the middle, each of which opens the data set itself."""
+    steps = -(-TRAIN // PER_STEP)
+
+    def drawn(name: str, first: int, last: int, stride: int) -> np.ndarray:
+        arguments = [big, tmp_path, tmp_path / f"{name}.npy", PER_STEP, first, last, stride]
+        subprocess.run([sys.executable, "-c", ROWS, *map(str, arguments)], check=True)
+        return np.load(tmp_path / f"{name}.npy")
+
+    workers = [drawn(f"worker{n}", n, steps, WORKERS) for n in range(WORKERS)]
+    straight = np.concatenate(workers)
+    index = open_index(big, cache=tmp_path)
+    train = {n for n, split in enumerate(index.column("split")) if split == "train"}
+    assert len(train) == TRAIN and set(straight.tolist()) == train, "missed"
+    assert len(straight) - TRAIN == steps * PER_STEP - TRAIN == len(straight) - len(set(straight.tolist())), "shared"
+    before, after = drawn("before", 0, RESUMED_AT, 1), drawn("after", RESUMED_AT, steps, 1)
+    assert sorted(np.concatenate([before, after])[:TRAIN].tolist()) == sorted(train), (
+        "repeated or skipped by the resume"
+    )
 
 
 def test_workers_share_nothing_and_a_resume_repeats_and_skips_nothing() -> None:
