@@ -123,7 +123,7 @@ def trained(arm: str, seed: int, env: Mapping[str, Any], options: argparse.Names
         return weights
     config = {
         "run": {"name": name, "dir": str(options.out / "runs"), "seed": seed, "steps": options.steps},
-        "env": {**env, "size": options.size, "seed": seed, "held_out_fraction": 0.03},
+        "env": {**env, "size": options.size, "seed": seed, "held_out_fraction": 0.1},
         "restorer": {"kind": "embedded"},
         "optimiser": {
             "batch": options.batch, "lr": options.lr, "warmup": 20, "schedule": "wsd", "decay": options.steps // 2, "ema": 0.98,
