@@ -5,6 +5,8 @@ Each refusal is a `ConfigError` that names the key, says both sides of the contr
 
 from __future__ import annotations
 
+import math
+
 from rewards.base import RewardSpec
 from rewards.constraints import check_constraint
 from rewards.gates import check_gate
@@ -98,6 +100,14 @@ def _check_alarm(config: TrainConfig) -> None:
             raise ConfigError(
                 f"alarm.metrics names '{name}', which is not in evaluate.gold: {', '.join(gold) or 'it is empty'}"
             )
+    watched = list(alarm.metrics) or [name for name in gold if _spec(terms[name]).block == "fidelity"]
+    for name, margin in alarm.margins.items():
+        if name not in watched:
+            raise ConfigError(
+                f"alarm.margins names '{name}', which the alarm does not watch: {', '.join(watched) or 'it watches nothing'}"
+            )
+        if not (math.isfinite(margin) and margin >= 0):
+            raise ConfigError(f"alarm.margins.{name}={margin} must be finite and >= 0: raw units that it may fall")
     if alarm.action in ("rollback", "stop"):
         if config.evaluate.every == 0:
             raise ConfigError(
@@ -109,7 +119,7 @@ def _check_alarm(config: TrainConfig) -> None:
                 f"alarm.action={alarm.action} needs {MIN_TASKS} held-out tasks or more and evaluate.tasks={config.evaluate.tasks}: "
                 "raise it, or set alarm.action=warn"
             )
-        if not alarm.metrics and not any(_spec(terms[name]).block == "fidelity" for name in gold):
+        if not watched:
             raise ConfigError(
                 f"alarm.action={alarm.action} has nothing to watch: put a fidelity metric into evaluate.gold, e.g. psnr_rgb: {{}}, or "
                 "name metrics in alarm.metrics"

@@ -205,6 +205,7 @@ class AlarmConfig:
     metrics: tuple[str, ...] = ()  # gold metrics that are watched; () is every one of the fidelity block
     level: float = 0.95  # of the intervals, shared by all watched metrics (Bonferroni)
     patience: int = 1  # evaluations in a row that must show it
+    margins: dict[str, float] = field(default_factory=dict)  # watched metric -> raw units that it may fall
 
 
 @dataclass

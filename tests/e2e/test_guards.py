@@ -98,6 +98,8 @@ def test_gates_and_constraints_are_measured_priced_and_reported(
             "nothing to watch",
         ),
         (["alarm.metrics=[ssim_rgb]"], "'ssim_rgb', which is not in evaluate.gold: psnr_rgb"),
+        (["alarm.margins.ssim_rgb=0.1"], "'ssim_rgb', which the alarm does not watch: psnr_rgb"),
+        (["alarm.margins.psnr_rgb=-0.1"], "alarm.margins.psnr_rgb=-0.1 must be finite and >= 0"),
         (["rollout.base_samples=0"], "rollout.base_samples=0"),
     ],
 )

@@ -111,6 +111,22 @@ def test_patience_and_chosen_metrics() -> None:
     assert run(silence_between, patience=2)[1] == []
 
 
+def test_a_margin_lets_small_falls_pass_and_no_large_ones() -> None:
+    """The whole interval has to lie beyond it, in the direction that is worse for the metric."""
+    assert run(HACK, margins={"psnr": 0.2})[1] == [20, 30]  # it fell by 0.8 and 1.5, give or take 0.1
+    assert run(HACK, margins={"psnr": 1.1})[1] == [30]
+    assert run(HACK, margins={"psnr": 0.75})[1] == [30]  # 0.8 is beyond it, its interval is not
+    assert run(HACK, margins={"gmsd": 5.0})[1] == [20, 30]  # of another metric
+    assert run([{"mix": 1.0, "gmsd": 0.8}], margins={"gmsd": 0.2})[1] == [10]
+    assert run([{"mix": 1.0, "gmsd": 0.8}], margins={"gmsd": 1.1})[1] == []
+
+
+def test_a_margin_holds_against_the_best_evaluation_too() -> None:
+    curve = [{"mix": 0.5, "psnr": 1.5}, {"mix": 1.0, "psnr": 0.6}]
+    assert run(curve, margins={"psnr": 0.3})[1] == [20]
+    assert run(curve, margins={"psnr": 1.2})[1] == []
+
+
 def test_what_failed_is_left_out() -> None:
     now = measured(1, mix=1.0, psnr=-1.0)
     now["psnr"][: TASKS - MIN_TASKS] = math.nan
