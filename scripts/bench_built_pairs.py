@@ -45,7 +45,7 @@ METRICS = ("niqe", "nss", "judge", "judge_hallucination", "low_frequency", "cons
 TO_TARGET = ("psnr_rgb", "ssim_rgb")  # of the photos whose generated target passed the filter
 DIGITS = {"low_frequency": 5, "consistency": 5, "ssim_rgb": 4}
 STEPS = 8  # of the sampler, as `rlrestore restore` takes them
-SHOWN = ("life_by", "friends_by", "seeding_by", "clock_motion", "Solvay")  # photos that may be passed on
+SHOWN = ("life_by", "friends_by", "seeding_by", "clock_motion")  # photos that may be passed on
 LARGEST = 390_000  # bytes of the picture of --docs
 
 

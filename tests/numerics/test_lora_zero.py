@@ -42,7 +42,7 @@ def train(learner: Learner, config: TrainConfig, env: Env, rank: int, world: int
     """Two iterations with advantages that need no judge."""
     reports = []
     for iteration in range(2):
-        chain = rollout_chain(config.sampling, 0, iteration, learner.algorithm.needs.trajectory)
+        chain = rollout_chain(config.sampling, 0, iteration, learner.algorithm)
         chunks = make_chunks(env.draw(iteration, 2), 2, 2, 0, iteration)
         credit = Credit(torch.tensor([1.0, -1.0, -0.5, 0.5]), torch.ones(4), {})
         for index in deal(len(chunks), world)[rank]:
@@ -76,7 +76,7 @@ def rank_main(rank: int, configs: dict[str, str], folder: str, port: int) -> Non
         learner = recipe.build(rank, 2)
         reports = train(learner, config, env, rank, 2)
         learner.probe(
-            make_chunks(env.draw(0, 1), 2, 2, 0)[0], rollout_chain(config.sampling, 0, 0, algorithm == "grpo")
+            make_chunks(env.draw(0, 1), 2, 2, 0)[0], rollout_chain(config.sampling, 0, 0, learner.algorithm)
         )
         found = dict(learner.weights("current"))
         for which in ("base", "current"):
