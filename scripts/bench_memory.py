@@ -10,6 +10,7 @@ by phase; opening the pipeline does not count. Needs 10 GB of memory and 2 GB of
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -17,11 +18,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-os.environ["MALLOC_MMAP_THRESHOLD_"] = (
-    "65536"  # what is freed goes back at once: the peak is of tensors, not of the heap
-)
-os.environ["MALLOC_TRIM_THRESHOLD_"] = "65536"
 
 import torch
 import torch.multiprocessing
@@ -42,6 +38,7 @@ from rlrestore.planning.memory import (
 )
 from rlrestore.quiet import quiet
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 RANKS, ROWS = 2, 1  # rows of a chunk and of a micro-batch
 HIDDEN, HEAD, DOUBLE, SINGLE, TEXT = 1024, 128, 4, 4, 6
 VAE_PX = 4  # pixels of a token's side: the tiny VAE halves, a token is 2 x 2 cells
@@ -93,6 +90,18 @@ def write_config(folder: Path, mode: str, zero: int, checkpointing: bool, size: 
     path = folder / f"{mode}_{zero}_{checkpointing}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def give_back_what_is_freed() -> None:
+    """From here on the peak is of tensors, not of glibc's heap: blocks of 64 KiB and more have pages of their own.
+
+    By default the heap keeps freed blocks of up to 32 MiB, and ZeRO-3 frees a layer of the network after the other. Environment
+    variables come too late: glibc reads them when the process starts.
+    """
+    libc = ctypes.CDLL("libc.so.6")
+    for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        if libc.mallopt(parameter, 65536) != 1:
+            raise SystemExit("error: glibc's mallopt refused: measured would be its heap")
 
 
 def status_kb(key: str) -> int:
@@ -183,6 +192,7 @@ def main() -> None:
     parser.add_argument("--items", action="store_true", help="print what the formula is made of")
     options = parser.parse_args()
     quiet()
+    give_back_what_is_freed()
     os.environ["DS_ACCELERATOR"] = "cpu"
     import diffusers
     import peft  # noqa: F401
