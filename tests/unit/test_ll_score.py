@@ -21,7 +21,9 @@ from rewards.ll_score.model import LLScore, LLScoreConfig, load_ll_score, new_ll
 from rewards.ll_score.prompt import HAL, QUAL, TASKS, known_task, prompt_for, task_of_types
 from rewards.ll_score.train import bench_report, judge_bench
 from rewards.registry import build_reward
+from rlrestore.commands.judge_serve import build_served, served_terms
 from tests.llbench_folder import write_bench
+from tests.reward_server import TOKEN, our_server
 from tests.tiny_qwen import save_tiny_qwen
 
 RATES = {"lora": 4e-3, "projector": 4e-3, "tokens": 4e-3, "heads": 4e-3}
@@ -188,6 +190,23 @@ def test_as_rewards_of_a_mix(trained: tuple[LLScore, LLScore, Path], bench: Path
     assert build_reward("ll_score", params).spec.version == quality.spec.version
     with pytest.raises(ValueError, match="does not exist"):
         build_reward("ll_score", {"checkpoint": "nowhere"})
+
+
+def test_a_trained_judge_is_served(trained: tuple[LLScore, LLScore, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over real HTTP, by the folder that training wrote: the numbers of the judge in this process."""
+    monkeypatch.setenv("RLRESTORE_JUDGE_TOKEN", TOKEN)
+    pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
+    task = Task("t", pictures[0], ("noise",))
+    items = [Restoration(task, image, seed=i) for i, image in enumerate(pictures)]
+    served = {name: build_served(name, term) for name, term in served_terms(trained[2]).items()}
+    assert set(served) == {"ll_score", "ll_score_hallucination"}
+    with our_server(served) as (url, _):
+        for name, here in served.items():
+            params = {"higher_is_better": here.spec.higher_is_better, "block": here.spec.block, "scale": here.spec.scale}
+            remote = build_reward("remote", {"url": url, "reward": name, "needs": ["lq"], **params})
+            there = remote.score(items)
+            assert bool(there.valid_N.all()) and torch.equal(there.value_N, here.score(items).value_N)
+            assert remote.spec.version == here.spec.version
 
 
 @pytest.mark.slow
