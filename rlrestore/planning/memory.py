@@ -7,8 +7,7 @@ T trained ones, F = N - T, W ranks, b and t bytes of a frozen and of a trained w
 
 Not counted: the process itself (`process` is given), the reward workers, fragmentation (`slack`), and what lies in the host's
 memory for a while: a base that is being opened (b F + t T on every rank), weights that rank 0 saves or publishes (4 T).
-Beside measurements: `python scripts/bench_memory.py`, docs/families.md. Measured, ZeRO-3 takes up to nearly twice as much on
-small models, for reasons that are not known yet.
+Beside measurements: `python scripts/bench_memory.py`, docs/families.md.
 """
 
 from __future__ import annotations
