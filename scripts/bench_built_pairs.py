@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,8 @@ def measured(
     folder = options.out / "restored" / f"{name}-{seed}"
     file = folder / "values.json"
     if file.is_file():
-        return json.loads(file.read_text())
+        kept = json.loads(file.read_text())
+        return {metric: [math.nan if value is None else value for value in values] for metric, values in kept.items()}
     folder.mkdir(parents=True, exist_ok=True)
     restorer, names = load_restorer(weights), iter([photo.name for photo in photos])
 
@@ -174,7 +176,8 @@ def measured(
         return made
 
     found = measure(photos, restore, {name: build_reward(name) for name in METRICS})
-    write_json_atomic(file, found)
+    known = {metric: [value if math.isfinite(value) else None for value in values] for metric, values in found.items()}
+    write_json_atomic(file, known)  # JSON has no NaN
     return found
 
 
