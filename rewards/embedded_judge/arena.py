@@ -73,15 +73,16 @@ def read_arena(folder: Path) -> list[Source]:
 
 
 class ArenaSequence(Dataset):
-    """Item i: a random source, `items` of its pictures, flipped and turned at random; every other item is the policy's group.
+    """Item i: a random source, `items` of its pictures; every other item is the policy's group.
 
-    That half is what RL needs: telling samples of one restorer apart. What is turned are the measurements, which are
-    taken once: they have no direction.
+    That half is what RL needs: telling samples of one restorer apart. Pictures are measured once.
     """
 
     def __init__(self, sources: Sequence[Source], judge: EmbeddedJudge, items: int, length: int, seed: int):
+        """Sets the zero and the unit of the judge's measurements, too."""
         self.sources, self.items, self.length, self.seed = sources, items, length, seed
-        self.features = [judge.describe(s.lq.float() / 255, s.images.float() / 255).half() for s in sources]
+        self.features = [judge.describe(s.lq.float() / 255, s.images.float() / 255) for s in sources]
+        judge.heads.calibrate(torch.cat(self.features))
 
     def __len__(self) -> int:
         return self.length
@@ -93,16 +94,15 @@ class ArenaSequence(Dataset):
         group = source.index(POLICY)
         among = group if index % 2 and len(group) >= 2 else range(len(source.hands))
         chosen = rng.permutation(np.array(among))[: self.items].tolist()
-        features = self.features[place][chosen].float().rot90(int(rng.integers(4)), (-2, -1))
         return {
-            "features": features.flip(-1) if rng.integers(2) else features,
+            "features": self.features[place][chosen],
             "score": source.target[chosen],
             "hallucination": source.hallucinated[chosen],
         }
 
 
 class ArenaCollator:
-    """Sources of one size into a batch."""
+    """Sources into a batch."""
 
     def __init__(self, unit: float):
         self.unit = unit

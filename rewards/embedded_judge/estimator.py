@@ -1,15 +1,16 @@
 """What the clean picture probably is, and how sure that is: the embedded judge's evidence.
 
 A frozen copy of the mean network of an embedded restorer (docs/restorers.md): trained on pairs, it gives the expected
-clean picture m of an LQ and the spread s of what cannot be known. It is a copy: the judge stays as it is whatever
-becomes of the restorer. Input [B, 3, H, W] in [0, 1]; output m and log s, both [B, 3, H, W] float32 in units of [0, 1].
+clean picture m of an LQ and the spread s of what cannot be known, averaged over the mirror images that the restorer
+averages over. It is a copy: the judge stays as it is whatever becomes of the restorer. Input [B, 3, H, W] in [0, 1];
+output m and log s, both [B, 3, H, W] float32 in units of [0, 1].
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ from torch import Tensor, nn
 
 MULTIPLE = 16  # sides are padded to a multiple, as the restorer pads them
 PREFIXES = ("mean.", "detail.")  # of the restorer's tensors that are copied
+VIEWS: dict[int, tuple[tuple[int, ...], ...]] = {
+    1: ((),),
+    2: ((), (-1, -2)),
+    4: ((), (-1,), (-2,), (-1, -2)),
+}  # mirrored sides
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,17 @@ class EstimatorConfig:
     detail_blocks: int
     layers: int
     groups: int
+    mean_views: int = 1  # mirror images that m and log s are averaged over: 1, 2 or 4
 
     @staticmethod
     def of(values: Mapping) -> EstimatorConfig:
         """From json; ValueError naming a missing key. Keys of the restorer that do not concern the mean are left out."""
-        names = EstimatorConfig.__dataclass_fields__
-        if missing := [name for name in names if name not in values]:
+        fields = EstimatorConfig.__dataclass_fields__
+        if missing := [name for name, field in fields.items() if name not in values and field.default is MISSING]:
             raise ValueError(f"the estimator's config lacks {missing[0]!r}: give the folder of an embedded restorer")
-        chosen: dict[str, Any] = {k: tuple(values[k]) if isinstance(values[k], list) else values[k] for k in names}
+        chosen: dict[str, Any] = {
+            k: tuple(values[k]) if isinstance(values[k], list) else values[k] for k in fields if k in values
+        }
         return EstimatorConfig(**chosen)
 
 
@@ -90,16 +99,25 @@ class Estimator(nn.Module):
         if below or right:
             mode = "reflect" if below < height and right < width else "replicate"
             lq_B3HW = F.pad(lq_B3HW, (0, right, 0, below), mode=mode)
-        lq = F.pixel_unshuffle(2 * lq_B3HW - 1, self.config.unshuffle)
+        views = VIEWS[self.config.mean_views]
+        turned = torch.cat([lq_B3HW.flip(sides) for sides in views])
+        lq = F.pixel_unshuffle(2 * turned - 1, self.config.unshuffle)
         raw = self.mean(lq, 0).sample
         if self.detail is not None:
             raw = raw + self.detail(torch.cat([lq, raw], dim=1))
         residual, log_spread = raw.chunk(2, dim=1)
         mean, log_spread = lq + residual, (log_spread - 2.5).clamp(-5.5, 0.0)
         mean_px, log_spread_px = (
-            F.pixel_shuffle(z, self.config.unshuffle)[..., :height, :width] for z in (mean, log_spread)
+            self._average(F.pixel_shuffle(z, self.config.unshuffle), views)[..., :height, :width]
+            for z in (mean, log_spread)
         )
         return ((mean_px + 1) / 2).clamp(0, 1), log_spread_px - math.log(2)
+
+    @staticmethod
+    def _average(turned: Tensor, views: tuple[tuple[int, ...], ...]) -> Tensor:
+        """Mean over views that are turned back."""
+        parts = turned.chunk(len(views))
+        return torch.stack([part.flip(sides) for part, sides in zip(parts, views, strict=True)]).mean(0)
 
 
 def restorer_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

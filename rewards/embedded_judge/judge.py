@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rewards.embedded_judge.estimator import Estimator, EstimatorConfig, restorer_tensors
-from rewards.embedded_judge.network import CellNetwork, EmbeddedJudge, JudgeConfig
+from rewards.embedded_judge.network import EmbeddedJudge, Heads, JudgeConfig
 from rewards.judges.base import Judge, Judged
 
 PACKAGED = Path(__file__).parent / "weights"
@@ -19,17 +19,17 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 class TrainableJudge(Judge):
-    """The trained part, as the trainer sees it. Batch: features [N, C, h, w] of `EmbeddedJudge.describe`."""
+    """The trained part, as the trainer sees it. Batch: measurements [N, POOLED] of `EmbeddedJudge.describe`."""
 
     def __init__(self, judge: EmbeddedJudge):
         super().__init__()
-        self.cells: CellNetwork = judge.cells
+        self.heads: Heads = judge.heads
 
     def forward(self, features: Tensor) -> Judged:
-        return Judged(*self.cells(features))
+        return Judged(*self.heads(features))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"cells": list(self.cells.parameters())}
+        return {"heads": list(self.heads.parameters())}
 
 
 def new_judge(config: JudgeConfig, restorer: Path) -> EmbeddedJudge:

@@ -72,7 +72,7 @@ class JudgeQuality(JudgeReward):
             range=(None, None),
             needs=frozenset({"lq"}),
             block="quality",
-            scale=0.06,  # the in-group std of its scores over the embedded restorer's samples
+            scale=0.04,  # the in-group std of its scores over the embedded restorer's samples
             differentiable=True,
             deterministic=True,
             licence=LICENCE,

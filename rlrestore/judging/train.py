@@ -42,9 +42,10 @@ class EmbeddedJudgeSection:
     arena: str = "data/arena/train"
     test: str | None = "data/arena/test"  # null: do not measure
     restorer: str = "rlrestore/restorers/weights/embedded"  # its mean network is copied as the judge's evidence
-    width: int = 24
-    blocks: int = 1
-    hidden: int = 48
+    hidden: int = 192  # these four: rewards/embedded_judge/network.py
+    layers: int = 3
+    dropout: float = 0.1
+    members: int = 3
 
 
 @dataclass
@@ -121,7 +122,8 @@ def _train_embedded(config: JudgeTrainConfig, folder: Path) -> dict[str, Any]:
     sources = read_arena(Path(section.arena))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        judge = new_judge(JudgeConfig(section.width, section.blocks, section.hidden), Path(section.restorer))
+        made = JudgeConfig(section.hidden, section.layers, section.dropout, section.members)
+        judge = new_judge(made, Path(section.restorer))
     train = config.train
     length = train.steps * train.sources * train.accumulate
     dataset = ArenaSequence(sources, judge, train.items, length, train.seed)

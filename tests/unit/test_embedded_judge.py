@@ -17,12 +17,13 @@ from rewards.embedded_judge.arena import ArenaCollator, ArenaSequence, read_aren
 from rewards.embedded_judge.estimator import Estimator, EstimatorConfig
 from rewards.embedded_judge.evaluate import arena_report
 from rewards.embedded_judge.features import CHANNELS, cell_features
-from rewards.embedded_judge.judge import TrainableJudge, load_judge, save_judge
+from rewards.embedded_judge.judge import PACKAGED, TrainableJudge, load_judge, save_judge
 from rewards.embedded_judge.network import EmbeddedJudge, JudgeConfig
 from rewards.filters import gaussian_blur
 from rewards.judges.losses import JudgeLoss
 from rewards.judges.report import Judgement
 from rewards.judges.trainer import JudgeTrainer, TrainConfig
+from rlrestore.restorers.embedded import EmbeddedConfig, EmbeddedRestorer
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
@@ -31,7 +32,7 @@ def noise(seed: int, *shape: int) -> torch.Tensor:
 
 def small_judge() -> EmbeddedJudge:
     torch.manual_seed(0)
-    return EmbeddedJudge(JudgeConfig(8, 1, 8), Estimator(EstimatorConfig(4, (8, 8, 8), 8, 1, 1, 4)))
+    return EmbeddedJudge(JudgeConfig(8, 1, 0.0, 2), Estimator(EstimatorConfig(4, (8, 8, 8), 8, 1, 1, 4)))
 
 
 @pytest.fixture
@@ -72,6 +73,36 @@ def test_measurements_see_kept_noise_and_sharpening() -> None:
     assert sharp > 0.5
 
 
+def test_measurements_turn_with_the_pictures() -> None:
+    four = [noise(seed, 1, 3, 48, 48) for seed in range(4)]
+    turned = cell_features(*(z.rot90(1, (-2, -1)) for z in four))
+    # the likeness of x - m and m divides by small energies: float32 leaves 1e-4
+    assert torch.allclose(cell_features(*four).rot90(1, (-2, -1)), turned, atol=1e-2)
+
+
+def test_a_filtered_lq_is_seen_through() -> None:
+    # x = (lq + m) / 2: every band of both weighs 0.5 and nothing is left
+    lq, m = noise(0, 1, 3, 64, 64), gaussian_blur(noise(1, 1, 3, 64, 64), 1.0)
+    f = cell_features((lq + m) / 2, lq, m, torch.full_like(m, -3.0))[0].mean((1, 2))
+    assert torch.allclose(f[-9:-1], torch.full((8,), 0.5), atol=0.01)
+    assert f[-1] == pytest.approx((float(np.log(1e-6)) + 8) / 3, abs=0.05)
+
+
+def test_gradients_are_finite_where_nothing_happens() -> None:
+    judge = small_judge().eval()
+    flat = torch.full((2, 3, 48, 48), 0.5, requires_grad=True)
+    torch.stack(judge(torch.full((3, 48, 48), 0.5), flat)).sum().backward()
+    assert flat.grad is not None and flat.grad.isfinite().all()
+
+
+def test_the_packaged_estimator_is_the_packaged_restorers_mean() -> None:
+    restorer = EmbeddedRestorer(EmbeddedConfig(precision="float32"))
+    lq = noise(0, 1, 3, 45, 61)
+    condition = restorer.condition(lq)
+    mean, _ = load_judge(PACKAGED).estimator(lq)
+    assert torch.allclose(mean, restorer.decode(torch.zeros_like(condition.mean), condition), atol=1e-5)
+
+
 def test_sizes() -> None:
     judge = small_judge().eval()
     with torch.no_grad():
@@ -100,7 +131,7 @@ def test_saved_is_loaded_and_damage_is_named(tmp_path: Path) -> None:
 def test_training_orders_the_arena_and_leaves_the_estimator(arena: Path, tmp_path: Path) -> None:
     judge, sources = small_judge(), read_arena(arena)
     before = {name: p.clone() for name, p in judge.estimator.state_dict().items()}
-    config = TrainConfig(steps=80, sources=2, items=6, lr={"cells": 1e-2}, warmup=2)
+    config = TrainConfig(steps=80, sources=2, items=6, lr={"heads": 1e-2}, warmup=2)
     dataset = ArenaSequence(sources, judge, 6, 160, 0)
     loss = JudgeLoss(unit=0.5, rank_form="cross_entropy")
     JudgeTrainer(TrainableJudge(judge), dataset, ArenaCollator(0.5), tmp_path / "t", config, loss).train()
