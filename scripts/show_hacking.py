@@ -26,7 +26,7 @@ PANELS = {
     "NIQE, rewarded (lower is better)": "eval/reward/niqe/tuned",
     "PSNR, gold, dB": "eval/gold/psnr_rgb/tuned",
     "SSIM, gold": "eval/gold/ssim_rgb/tuned",
-    "wary of hallucination, share": "eval/held/judge_hallucination/measured",
+    "may look invented, share": "eval/held/judge_hallucination/measured",
     "judge's quality": "eval/{}/judge/tuned",
     "multiplier of the judge's quality": "constraint/lambda/judge",
 }
