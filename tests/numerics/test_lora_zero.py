@@ -75,9 +75,7 @@ def rank_main(rank: int, configs: dict[str, str], folder: str, port: int) -> Non
         )
         learner = recipe.build(rank, 2)
         reports = train(learner, config, env, rank, 2)
-        learner.probe(
-            make_chunks(env.draw(0, 1), 2, 2, 0)[0], rollout_chain(config.sampling, 0, 0, learner.algorithm)
-        )
+        learner.probe(make_chunks(env.draw(0, 1), 2, 2, 0)[0], rollout_chain(config.sampling, 0, 0, learner.algorithm))
         found = dict(learner.weights("current"))
         for which in ("base", "current"):
             found[which] = pictures(learner, config, env, which)

@@ -202,7 +202,11 @@ def test_a_trained_judge_is_served(trained: tuple[LLScore, LLScore, Path], monke
     assert set(served) == {"ll_score", "ll_score_hallucination"}
     with our_server(served) as (url, _):
         for name, here in served.items():
-            params = {"higher_is_better": here.spec.higher_is_better, "block": here.spec.block, "scale": here.spec.scale}
+            params = {
+                "higher_is_better": here.spec.higher_is_better,
+                "block": here.spec.block,
+                "scale": here.spec.scale,
+            }
             remote = build_reward("remote", {"url": url, "reward": name, "needs": ["lq"], **params})
             there = remote.score(items)
             assert bool(there.valid_N.all()) and torch.equal(there.value_N, here.score(items).value_N)
