@@ -26,7 +26,7 @@ from tests.llbench_folder import write_bench
 from tests.reward_server import TOKEN, our_server
 from tests.tiny_qwen import save_tiny_qwen
 
-RATES = {"lora": 4e-3, "projector": 4e-3, "tokens": 4e-3, "heads": 4e-3}
+PARTS = ("lora", "projector", "tokens", "heads")
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,11 @@ def frozen(judge: LLScore) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in judge.named_parameters() if not p.requires_grad}
 
 
-def train(judge: LLScore, sources: list[BenchSource], steps: int, folder: Path) -> None:
-    config = TrainConfig(steps=steps, sources=4, items=4, lr=RATES, warmup=5, log_every=50)
+def train(
+    judge: LLScore, sources: list[BenchSource], steps: int, folder: Path, lr: float = 4e-3, warmup: int = 5
+) -> None:
+    rates = dict.fromkeys(PARTS, lr)
+    config = TrainConfig(steps=steps, sources=4, items=4, lr=rates, warmup=warmup, log_every=50)
     dataset = BenchSequence(sources, 4, steps * 4, 0)
     JudgeTrainer(judge, dataset, BenchCollator(judge, 1.0), folder, config, JudgeLoss()).train()
 
@@ -218,7 +221,8 @@ def test_overfits_two_hundred_rows(base: Path, tmp_path: Path) -> None:
     warnings.simplefilter("ignore")
     sources = read_llbench(write_bench(tmp_path / "bench", sources=50, outputs=4))
     judge = new_ll_score(tiny_config(base))
-    train(judge, sources, 900, tmp_path / "trainer")
+    # at 4e-3 the hallucination head sometimes learns nothing (AUROC 0.54)
+    train(judge, sources, 1200, tmp_path / "trainer", lr=2e-3, warmup=50)
     report = bench_report(judge_bench(judge, sources))
     assert report["quality"]["pairwise_accuracy"] > 0.95, report["quality"]
     assert report["hallucination"]["auroc"] > 0.95, report["hallucination"]
