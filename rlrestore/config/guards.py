@@ -15,7 +15,7 @@ from rewards.rubric import TermConfig
 from rlrestore.algorithms.base import Algorithm
 from rlrestore.config.files import ConfigError, user_errors
 from rlrestore.config.sections import TrainConfig, all_terms, trained_terms
-from rlrestore.evaluation.alarm import MIN_TASKS
+from rlrestore.evaluation.alarm import MIN_TASKS, watched_metrics
 
 ACTIONS = ("off", "rollback", "stop", "warn")
 
@@ -88,7 +88,7 @@ def _check_normalisers(config: TrainConfig) -> None:
 
 def _check_alarm(config: TrainConfig) -> None:
     alarm, terms = config.alarm, all_terms(config)
-    gold = [name for name, term in terms.items() if term.role == "gold"]
+    gold = {name: _spec(term) for name, term in terms.items() if term.role == "gold"}
     if alarm.action not in ACTIONS:
         raise ConfigError(f"alarm.action={alarm.action} is unknown: choose one of {', '.join(ACTIONS)}")
     if not 0 < alarm.level < 1:
@@ -100,7 +100,7 @@ def _check_alarm(config: TrainConfig) -> None:
             raise ConfigError(
                 f"alarm.metrics names '{name}', which is not in evaluate.gold: {', '.join(gold) or 'it is empty'}"
             )
-    watched = list(alarm.metrics) or [name for name in gold if _spec(terms[name]).block == "fidelity"]
+    watched = watched_metrics(alarm, gold)
     for name, margin in alarm.margins.items():
         if name not in watched:
             raise ConfigError(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewards.base import RewardSpec
 from rewards.rubric import Rubric
 from rlrestore.config.sections import AlarmConfig
 from rlrestore.evaluation.statistics import Interval, bootstrap_ci
@@ -96,8 +97,7 @@ class Alarm:
             for name, term, spec in zip(self.rubric.names, self.rubric.terms, self.rubric.specs, strict=True)
             if term.role == "gold"
         }
-        chosen = self.config.metrics or [name for name, spec in gold.items() if spec.block == "fidelity"]
-        return {name: gold[name].higher_is_better for name in chosen}
+        return {name: gold[name].higher_is_better for name in watched_metrics(self.config, gold)}
 
     @property
     def best_step(self) -> int:
@@ -151,6 +151,11 @@ class Alarm:
         self.fired = [_ring(ring) for ring in state["fired"]]
         self._streak, best = state["streak"], state["best"]
         self._best = best and _Best(best["step"], best["mix"], {n: _tensor(rows) for n, rows in best["values"].items()})
+
+
+def watched_metrics(config: AlarmConfig, gold: Mapping[str, RewardSpec]) -> list[str]:
+    """Those that the config names, or every gold metric of the fidelity block."""
+    return list(config.metrics) or [name for name, spec in gold.items() if spec.block == "fidelity"]
 
 
 def alarm_lines(result: Mapping[str, Any] | None) -> list[str]:
