@@ -22,6 +22,20 @@ DCT_PX = 8
 MODES = ("bilinear", "bicubic")
 
 
+def blurred(x: Tensor, sigma_px: float) -> Tensor:
+    return gaussian_blur(x[None], sigma_px)[0]
+
+
+def sharpened(x: Tensor, amount: float, sigma_px: float) -> Tensor:
+    return x + amount * (x - blurred(x, sigma_px))
+
+
+def median(x: Tensor, side_px: int) -> Tensor:
+    """Of a square window of odd side, replicate padding."""
+    padded = F.pad(x[None], (side_px // 2,) * 4, mode="replicate")[0]
+    return padded.unfold(1, side_px, 1).unfold(2, side_px, 1).flatten(3).median(3).values
+
+
 def box_mean(x: Tensor, radius_px: int) -> Tensor:
     """Mean of a square window, replicate padding."""
     side = 2 * radius_px + 1
@@ -91,21 +105,21 @@ def back_projected(x: Tensor, sigma_px: float, passes: int) -> Tensor:
     """Van Cittert's deconvolution: x + (l - blur(x)), again and again; it lifts noise as well."""
     out = x
     for _ in range(passes):
-        out = out + 0.5 * (x - gaussian_blur(out[None], sigma_px)[0])
+        out = out + 0.5 * (x - blurred(out, sigma_px))
     return out
 
 
 def shocked(x: Tensor, amount: float) -> Tensor:
     """Flat areas and hard edges, as over-confident networks draw them: smoothed by edges, then sharpened within the local range."""
     flat = guided(diffused(x, 8, 0.08), 2, 2e-3)
-    sharp = flat + amount * (flat - gaussian_blur(flat[None], 1.0)[0])
+    sharp = sharpened(flat, amount, 1.0)
     low = -F.max_pool2d(-flat[None], 3, 1, 1)[0]
     return sharp.clamp(low, F.max_pool2d(flat[None], 3, 1, 1)[0])
 
 
 def smooth_chroma(x: Tensor, sigma_px: float) -> Tensor:
     luma = luma_yiq(x[None])[0]
-    return luma + gaussian_blur((x - luma)[None], sigma_px)[0]
+    return luma + blurred(x - luma, sigma_px)
 
 
 def more_hands(
@@ -128,17 +142,13 @@ def more_hands(
     def mixture() -> Tensor:
         shares = rng.dirichlet([0.7] * 4)
         return sum(
-            (float(s) * x for s, x in zip(shares, (lq, mean, one, gaussian_blur(lq[None], 1.0)[0]), strict=True)),
+            (float(s) * x for s, x in zip(shares, (lq, mean, one, blurred(lq, 1.0)), strict=True)),
             0 * lq,
         )
 
-    def median(x: Tensor, side: int) -> Tensor:
-        padded = F.pad(x[None], (side // 2,) * 4, mode="replicate")[0]
-        return padded.unfold(1, side, 1).unfold(2, side, 1).flatten(3).median(3).values
-
     def altered() -> Tensor:
         grain = between(0, 0.05) * torch.from_numpy(rng.standard_normal(lq.shape).astype(np.float32))
-        return again((gaussian_blur(lq[None], between(0.3, 1.2))[0] if rng.random() < 0.5 else lq + grain).clamp(0, 1))
+        return again((blurred(lq, between(0.3, 1.2)) if rng.random() < 0.5 else lq + grain).clamp(0, 1))
 
     makers: dict[str, Callable[[], Tensor]] = {
         "altered": altered,
@@ -148,7 +158,7 @@ def more_hands(
         "dct": lambda: thresholded_dct(base(lq, lq, one), between(0.03, 0.4)),
         "diffused": lambda: diffused(base(lq, lq, one), int(rng.integers(3, 20)), between(0.02, 0.15)),
         "exaggerated": lambda: mean + between(1.1, 1.8) * (one - mean),
-        "gauss": lambda: gaussian_blur(base(lq, one)[None], between(0.4, 1.2))[0],
+        "gauss": lambda: blurred(base(lq, one), between(0.4, 1.2)),
         "guided": lambda: guided(base(lq, lq, one), int(rng.integers(1, 5)), 10 ** between(-4, -2)),
         "jpeg": lambda: jpeg(base(lq, one, mean, gt), int(rng.integers(20, 90))),
         "median5": lambda: median(base(lq, one), 5),
@@ -157,8 +167,8 @@ def more_hands(
         "returned": lambda: mean + between(-0.4, 0.7) * (lq - mean),
         "shocked": lambda: shocked(base(lq, mean, one), between(0.5, 4)),
         "through_size": lambda: through_size(base(lq, one, mean, gt), between(0.35, 0.85), MODES[int(rng.integers(2))]),
-        "unsharp": lambda: (lambda x: x + between(0.3, 2.5) * (x - gaussian_blur(x[None], between(0.6, 1.5))[0]))(
-            base(lq, one, gaussian_blur(lq[None], 0.7)[0], thresholded_dct(lq, 0.15))
+        "unsharp": lambda: sharpened(
+            base(lq, one, blurred(lq, 0.7), thresholded_dct(lq, 0.15)), between(0.3, 2.5), between(0.6, 1.5)
         ),
         "wavelet": lambda: shrunk_wavelet(base(lq, lq, one), between(0.01, 0.12)),
     }  # fmt: skip

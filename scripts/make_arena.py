@@ -26,8 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from arena_hands import more_hands  # beside this file
+from arena_hands import blurred, median, more_hands, sharpened  # beside this file
 from safetensors.torch import save_file
 from scipy.signal import wiener
 from skimage.restoration import denoise_bilateral, denoise_nl_means, denoise_tv_chambolle
@@ -38,7 +37,6 @@ from envs.photos import PhotosConfig, PhotosEnv
 from envs.rng import generator_for
 from envs.types import Task
 from rewards.composite import composite
-from rewards.filters import gaussian_blur
 from rlrestore.diffusion.sampling import Chain, sample
 from rlrestore.diffusion.schedules import time_schedule
 from rlrestore.restorers.embedded import EmbeddedConfig, EmbeddedRestorer
@@ -58,16 +56,8 @@ def filtered(function: Callable, x: Tensor, **options) -> Tensor:
     return torch.from_numpy(out.astype(np.float32)).permute(2, 0, 1)
 
 
-def blurred(x: Tensor, sigma_px: float) -> Tensor:
-    return gaussian_blur(x[None], sigma_px)[0]
-
-
 def noisy(x: Tensor, std_255: float, rng: np.random.Generator) -> Tensor:
     return x + std_255 / 255 * torch.from_numpy(rng.standard_normal(x.shape).astype(np.float32))
-
-
-def sharpened(x: Tensor, amount: float, sigma_px: float) -> Tensor:
-    return x + amount * (x - blurred(x, sigma_px))
 
 
 def embedded_hands(restorer: EmbeddedRestorer, task: Task, rng: np.random.Generator) -> list[tuple[str, Tensor]]:
@@ -106,8 +96,7 @@ def classical_hands(task: Task, mean: Tensor, one: Tensor, rng: np.random.Genera
     filters: dict[str, Callable[[], Tensor]] = {
         "bilateral": lambda: filtered(denoise_bilateral, lq, sigma_color=rng.uniform(0.03, 0.12), sigma_spatial=2),
         "gaussian": lambda: blurred(lq, rng.uniform(0.5, 1.5)),
-        "median": lambda: F.pad(lq[None], (1, 1, 1, 1), mode="replicate")[0]
-        .unfold(1, 3, 1).unfold(2, 3, 1).flatten(3).median(3).values,
+        "median": lambda: median(lq, 3),
         "tv": lambda: filtered(denoise_tv_chambolle, lq, weight=rng.uniform(0.02, 0.12)),
     }  # fmt: skip
     name = str(rng.choice(list(filters)))
