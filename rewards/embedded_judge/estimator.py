@@ -47,7 +47,12 @@ class EstimatorConfig:
         chosen: dict[str, Any] = {
             k: tuple(values[k]) if isinstance(values[k], list) else values[k] for k in fields if k in values
         }
-        return EstimatorConfig(**chosen)
+        config = EstimatorConfig(**chosen)
+        if config.mean_views not in VIEWS:
+            raise ValueError(
+                f"the restorer averages over {config.mean_views} mirror images and the estimator over 1, 2 or 4: set mean_views"
+            )
+        return config
 
 
 class Trunk(nn.Module):

@@ -42,10 +42,10 @@ class EmbeddedJudgeSection:
     arena: str = "data/arena/train"
     test: str | None = "data/arena/test"  # null: do not measure
     restorer: str = "rlrestore/restorers/weights/embedded"  # its mean network is copied as the judge's evidence
-    hidden: int = 192  # these four: rewards/embedded_judge/network.py
-    layers: int = 3
-    dropout: float = 0.1
-    members: int = 3
+    hidden: int = JudgeConfig.hidden
+    layers: int = JudgeConfig.layers
+    dropout: float = JudgeConfig.dropout
+    members: int = JudgeConfig.members
 
 
 @dataclass
